@@ -1,0 +1,338 @@
+"""The with-statement over transformers' Mllama: the one file of this package that touches the model's insides.
+
+Written against ``transformers.models.mllama.modeling_mllama`` 5.23. While the context is open, every cross-attention module's
+``forward`` is ours; hooks tell it of the prompt and of the rows that see an image. Leaving removes all of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, MllamaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mllama.modeling_mllama import eager_attention_forward
+
+from trimming.attention import summed_attention
+from trimming.policies import Policy, VisualContext
+from trimming.samples import SampleTrim
+from trimming.selection import ragged_index
+
+Rows = Literal["meta", "transformers"]
+
+
+@dataclass(slots=True)
+class Trimmed:
+    """What ``trim`` yields."""
+
+    samples: list[SampleTrim] = field(default_factory=list)
+    """One record a sample of the last prefill."""
+    sample_ids: Sequence[str] | None = None
+    """One id a sample of the next prefill, for policies that draw at random; None: the sample's place in the batch."""
+
+
+@contextmanager
+def trim(model: MllamaForConditionalGeneration, policy: Policy, rows: Rows = "meta") -> Iterator[Trimmed]:
+    """Trim every prefill of ``model`` inside the with-statement, in ``generate`` and in plain forwards.
+
+    Later cross-attention layers project keys and values from the kept features alone, and the cache holds nothing else: its
+    cross-attention layers have the length of the batch's longest kept set. Each prefill wants a fresh dynamic cache, and
+    decoding from a cache must happen in the context that filled it.
+
+    Args:
+        model: restored when the context is left, also after an exception.
+        policy: which features stay.
+        rows: what rows before the image do, and rows without one. ``meta``: nothing comes to them from cross-attention
+            layers, as the weights were trained. ``transformers``: as its code has it (issue 39379), such rows attend to every
+            feature, padding tiles too, and only the MLP branch is masked; it is there to prove parity, and keeps padding
+            tiles where it keeps every valid feature.
+
+    Raises:
+        TypeError: ``model`` is no Mllama, or ``policy`` no policy.
+        ValueError: ``rows`` is unknown, or the model is being trimmed already.
+    """
+    if not isinstance(model, MllamaForConditionalGeneration):
+        raise TypeError(f"trim wants a MllamaForConditionalGeneration, not {type(model).__name__}")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r} is not a trimming policy: give an instance, such as TrimmedLlama(k_ratio=0.25)")
+    if rows not in ("meta", "transformers"):
+        raise ValueError(f'rows={rows!r} is unknown: give "meta" or "transformers"')
+    surgery = _Surgery(model, policy, rows)
+    with ExitStack() as undo:
+        surgery.open(undo)
+        yield surgery.trimmed
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The kept features of one prefill. N positions before, L after."""
+
+    index: Tensor
+    """(B, L) long."""
+    present: Tensor
+    """(B, L) bool: False in the batch's padding."""
+    ragged: bool
+
+    def gather(self, states: Tensor) -> Tensor:
+        """(B, N, ...) → (B, L, ...)."""
+        index = self.index.to(states.device).view(*self.index.shape, *(1,) * (states.dim() - 2))
+        return states.gather(1, index.expand(-1, -1, *states.shape[2:]))
+
+    def mask(self, full: Tensor | None, like: Tensor) -> Tensor | None:
+        """(B, 1, Q, N) additive mask → (B, 1, Q, L), padding shut out; ``like`` (B, H, Q, D) gives dtype and device."""
+        if full is None and not self.ragged:
+            return None
+        index, present = self.index.to(like.device)[:, None, None], self.present.to(like.device)[:, None, None]
+        if full is None:
+            trimmed = like.new_zeros(like.shape[0], 1, like.shape[2], index.shape[-1])
+        else:
+            trimmed = full.gather(-1, index.expand(-1, 1, full.shape[2], -1))
+        return trimmed.masked_fill(~present, torch.finfo(trimmed.dtype).min) if self.ragged else trimmed
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """What one prefill knows of itself, from the model's pre-hook to its end."""
+
+    batch: int
+    attention_mask: Tensor | None
+    """(B, Q) bool of real prompt tokens, or None for all."""
+    prompt_tokens: list[int]
+    valid: Tensor | None = None
+    keep: Tensor | None = None
+    kept: _Kept | None = None
+    states: Tensor | None = None
+    """(B, L, width): the features that later layers project, gathered once."""
+
+
+class _Surgery:
+    def __init__(self, model: MllamaForConditionalGeneration, policy: Policy, rows: Rows) -> None:
+        self.model, self.policy, self.rows = model, policy, rows
+        self.trimmed = Trimmed()
+        layers = model.model.language_model.layers
+        self.cross_layers = [layers[i] for i in model.config.text_config.cross_attention_layers]
+        self.self_layers = len(layers) - len(self.cross_layers)
+        self.forward_signature = inspect.signature(model.model.forward)
+        self.prefill: _Prefill | None = None
+        # Which caches this context has filled, and what they hold; a cache that dies takes its entry along.
+        self.filled: WeakKeyDictionary[Cache, _Kept] = WeakKeyDictionary()
+        # (B, 1, Q, 1): 1 where a row sees an image; set by each layer's pre-hook.
+        self.row_mask: Tensor | None = None
+        self.mask_before: Tensor | None = None
+        self.mask_after: Tensor | None = None
+
+    def open(self, undo: ExitStack) -> None:
+        for layer in self.cross_layers:
+            module = layer.cross_attn
+            current = module.__dict__.get("forward")
+            if isinstance(current, partial) and isinstance(getattr(current.func, "__self__", None), _Surgery):
+                raise ValueError("the model is being trimmed already: leave the other trim(...) first")
+            undo.callback(_put_back, module, current)
+            module.forward = partial(self.cross_attention, module)
+            handle = layer.register_forward_pre_hook(self.before_cross_layer, with_kwargs=True)
+            undo.callback(handle.remove)
+        undo.callback(self.model.model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove)
+        undo.callback(self.model.model.register_forward_hook(self.after_forward).remove)
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------------
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = self.forward_signature.bind_partial(*args, **kwargs).arguments
+        cache = given.get("past_key_values")
+        has_image = given.get("pixel_values") is not None or given.get("cross_attention_states") is not None
+        fresh = cache is None or int(cache.get_seq_length()) == 0
+        self.prefill = self.mask_before = None
+        if not fresh:
+            if has_image:
+                raise ValueError("trim fills a cache once: an image that comes in a later turn needs a fresh cache")
+            return
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        batch, length = tokens.shape[:2]
+        mask = given.get("attention_mask")
+        # Masks of other shapes come ready-made from the caller and do not tell padding.
+        mask = mask[:, -length:].bool() if mask is not None and mask.dim() == 2 else None
+        prompt_tokens = [length] * batch if mask is None else mask.sum(-1).tolist()
+        self.prefill = _Prefill(batch, mask, prompt_tokens)
+
+    def before_cross_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.row_mask = kwargs.get("full_text_row_masked_out_mask")
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.prefill is not None:
+            self.trimmed.samples = self.records(self.prefill)
+        # Nothing of a prefill outlives it but what its cache needs.
+        self.prefill = self.mask_before = self.mask_after = self.row_mask = None
+
+    # ---- attention ------------------------------------------------------------------------------------------------------
+
+    def cross_attention(
+        self,
+        module: Any,
+        hidden_states: Tensor,
+        cross_attention_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``MllamaTextCrossAttention.forward`` over kept features; hidden_states is (B, Q, width)."""
+        batch, length, _ = hidden_states.shape
+        query = module.q_norm(module.q_proj(hidden_states).view(batch, length, module.num_heads, module.head_dim).transpose(1, 2))
+        if cross_attention_states is None:
+            kept = self.filled.get(past_key_values)
+            if kept is None:
+                raise ValueError("this cache was not filled inside this trim(...): run its prefill in the same context")
+            layer = past_key_values.layers[module.layer_idx]  # type: ignore[union-attr]
+            key, value, mask = layer.keys, layer.values, self.trimmed_mask(kept, attention_mask, query)
+        else:
+            # They come as (B × images × tiles, tokens, width).
+            states = cross_attention_states.reshape(batch, -1, cross_attention_states.shape[-1])
+            key, value, mask = self.prefill_keys(module, query, states, past_key_values, attention_mask)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+        # Without a mask, sdpa would take the module for causal and cut the keys to the rows' length.
+        kwargs["is_causal"] = False
+        dropout = module.dropout if module.training else 0.0
+        output, weights = attend(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **kwargs)
+        output = module.o_proj(output.reshape(batch, length, -1).contiguous())
+        if self.rows == "meta" and self.row_mask is not None:
+            output = output * self.row_mask[:, 0].to(output.device)
+        return output, weights
+
+    def prefill_keys(
+        self, module: Any, query: Tensor, states: Tensor, cache: Cache | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values (B, KV, ·, D) and mask this layer's prefill attends with; fills the cache with the kept ones."""
+        prefill = self.prefill
+        assert prefill is not None
+        if module.layer_idx != self.cross_layers[0].layer_idx:
+            assert prefill.kept is not None and prefill.states is not None
+            key, value = self.project(module, prefill.states)
+            return *self.store(module, cache, key, value), self.trimmed_mask(prefill.kept, mask, query)
+
+        rows = self.seeing_rows(prefill, query)
+        prefill.valid = _valid_features(mask, rows, states)
+        if self.policy.where == "features":
+            self.decide(prefill, states, None)
+            assert prefill.kept is not None and prefill.states is not None
+            if cache is not None:
+                self.filled[cache] = prefill.kept
+            key, value = self.project(module, prefill.states)
+            return *self.store(module, cache, key, value), self.trimmed_mask(prefill.kept, mask, query)
+
+        key, value = self.project(module, states)
+        with torch.no_grad():
+            self.decide(prefill, states, summed_attention(query, key, mask, rows, module.scaling))
+        assert prefill.kept is not None
+        if cache is not None:
+            self.filled[cache] = prefill.kept
+            self.store(module, cache, *(prefill.kept.gather(t.transpose(1, 2)).transpose(1, 2) for t in (key, value)))
+        return key, value, mask
+
+    def decide(self, prefill: _Prefill, states: Tensor, attention: Tensor | None) -> None:
+        valid = prefill.valid
+        assert valid is not None
+        tokens = self.model.model.vision_model.num_patches
+        tiles = self.model.config.vision_config.max_num_tiles
+        context = VisualContext(
+            valid=valid,
+            images=valid.shape[1] // (tiles * tokens),
+            tiles=tiles,
+            tokens=tokens,
+            sample_ids=self.sample_ids(prefill.batch),
+            attention=attention,
+        )
+        keep = self.policy.select(context)
+        if self.rows == "transformers":
+            keep = keep | (keep == valid).all(-1, keepdim=True)
+        index, present = ragged_index(keep)
+        prefill.keep = keep
+        prefill.kept = _Kept(index, present, ragged=not bool(present.all()))
+        prefill.states = prefill.kept.gather(states)
+
+    def project(self, module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, KV, L, D) of features (B, L, width)."""
+        states = states.to(module.k_proj.weight.device)
+        shape = (states.shape[0], -1, module.num_key_value_heads, module.head_dim)
+        key = module.k_norm(module.k_proj(states).view(shape).transpose(1, 2))
+        return key, module.v_proj(states).view(shape).transpose(1, 2)
+
+    def store(self, module: Any, cache: Cache | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if cache is None:
+            return key, value
+        stored = cache.update(key, value, module.layer_idx)
+        if stored[0].shape[2] != key.shape[2]:
+            raise ValueError(
+                f"a {type(cache).__name__} keeps {stored[0].shape[2]} places for {key.shape[2]} kept features: "
+                "trim needs a dynamic cache, which is generate's default"
+            )
+        return stored
+
+    def trimmed_mask(self, kept: _Kept, full: Tensor | None, query: Tensor) -> Tensor | None:
+        """``kept.mask``, worked out once a forward rather than once a layer."""
+        if full is None or full is not self.mask_before:
+            self.mask_before, self.mask_after = full, kept.mask(full, query)
+        return self.mask_after
+
+    def seeing_rows(self, prefill: _Prefill, query: Tensor) -> Tensor:
+        """(B, Q) bool: text rows that see an image and are no padding (right padding comes after the image and "sees" it)."""
+        rows = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        if self.row_mask is not None:
+            rows = rows & (self.row_mask[:, 0, :, 0] > 0).to(query.device)
+        return rows if prefill.attention_mask is None else rows & prefill.attention_mask.to(query.device)
+
+    # ---- records --------------------------------------------------------------------------------------------------------
+
+    def sample_ids(self, batch: int) -> tuple[str, ...]:
+        ids = self.trimmed.sample_ids
+        if ids is None:
+            return tuple(map(str, range(batch)))
+        # generate repeats every sample for beams and for several answers.
+        if not ids or batch % len(ids):
+            raise ValueError(f"sample_ids holds {len(ids)} ids for a batch of {batch}: give one a sample")
+        return tuple(i for i in ids for _ in range(batch // len(ids)))
+
+    def records(self, prefill: _Prefill) -> list[SampleTrim]:
+        config = self.model.config.text_config
+        width = config.hidden_size // config.num_attention_heads
+        element = self.cross_layers[0].cross_attn.k_norm.weight.element_size()
+        layer_bytes = 2 * config.num_key_value_heads * width * element
+        cross, own = layer_bytes * len(self.cross_layers), layer_bytes * self.self_layers
+        none = torch.zeros(prefill.batch, 0, dtype=torch.bool)
+        valid = none if prefill.valid is None else prefill.valid.cpu()
+        keep = none if prefill.keep is None else prefill.keep.cpu()
+        allocated = 0 if prefill.kept is None else prefill.kept.index.shape[1] * cross
+        counts = zip(valid.sum(-1).tolist(), (keep & valid).sum(-1).tolist(), prefill.prompt_tokens, strict=True)
+        return [
+            SampleTrim(
+                visual_tokens=there,
+                kept_visual_tokens=stayed,
+                kept=keep[row].nonzero()[:, 0],  # type: ignore[arg-type]
+                cross_kv_bytes_full=there * cross,
+                cross_kv_bytes=stayed * cross,
+                cross_kv_bytes_allocated=allocated,
+                self_kv_bytes=prompt * own,
+            )
+            for row, (there, stayed, prompt) in enumerate(counts)
+        ]
+
+
+def _valid_features(mask: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:
+    """(B, N) bool: features that some seeing row attends to. mask (B, 1, Q, N) additive, rows (B, Q) bool."""
+    if mask is None:
+        return rows.any(-1, keepdim=True).expand(-1, states.shape[1])
+    return ((mask[:, 0] == 0) & rows[..., None].to(mask.device)).any(1)
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    """Undo an instance's ``forward``; accelerate's hooks put theirs there too, so what was there returns."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

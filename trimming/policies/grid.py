@@ -1,0 +1,61 @@
+"""A control: an even spatial stride over every tile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimming.policies.policy import Policy, VisualContext, Where, check_ratio, no_scores
+from trimming.selection import ratio_budget
+
+
+@dataclass(frozen=True)
+class Grid(Policy):
+    """Keeps an evenly spaced lattice of patches in each real tile; the class token only once all patches are kept.
+
+    A sample's budget is split evenly over its tiles, the remainder over the first ones.
+    """
+
+    keep: float
+    """Share of the valid features, in (0, 1]."""
+    where: ClassVar[Where] = "features"
+
+    def __post_init__(self) -> None:
+        check_ratio("keep", self.keep)
+
+    def score(self, context: VisualContext) -> Tensor:
+        return no_scores(context)
+
+    def budget(self, context: VisualContext) -> Tensor:
+        return ratio_budget(self.keep, context.valid)
+
+    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
+        chosen = torch.zeros(context.valid.shape, dtype=torch.bool)
+        for row, (valid, whole) in enumerate(zip(context.valid.cpu(), budget.tolist(), strict=True)):
+            real = valid.view(-1, context.tokens).any(-1).nonzero()[:, 0].tolist()
+            for number, tile in enumerate(real):
+                share = whole // len(real) + (number < whole % len(real))
+                chosen[row, [tile * context.tokens + i for i in tile_lattice(context.tokens, share)]] = True
+        return chosen.to(context.valid.device)
+
+
+@cache
+def tile_lattice(tokens: int, count: int) -> tuple[int, ...]:
+    """``count`` positions of a tile of 1 + side² tokens, evenly spaced: rows at an even stride, patches evenly in each."""
+    side = math.isqrt(tokens - 1)
+    if side * side != tokens - 1:
+        raise ValueError(f"a tile of {tokens} tokens is not a class token and a square of patches: Grid does not apply")
+    if count > side * side:
+        return tuple(range(tokens))
+    rows = max(math.isqrt(max(0, count - 1)) + 1, -(-count // side)) if count else 0
+    positions = []
+    for row in range(rows):
+        columns = count // rows + (row < count % rows)
+        y = (2 * row + 1) * side // (2 * rows)
+        positions += [1 + y * side + (2 * column + 1) * side // (2 * columns) for column in range(columns)]
+    return tuple(sorted(positions))

@@ -1,0 +1,46 @@
+"""A control: features drawn at random. A policy that does not beat it at the same kept share is not worth its cost."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimming.policies.policy import Policy, VisualContext, Where, check_ratio
+from trimming.selection import ratio_budget, top_k
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Keeps a uniformly drawn share of the valid features.
+
+    The draw is seeded by ``seed`` and the sample's id: it depends neither on the sample's neighbours nor on a restart.
+    """
+
+    keep: float
+    """Share of the valid features, in (0, 1]."""
+    seed: int = 0
+    where: ClassVar[Where] = "features"
+
+    def __post_init__(self) -> None:
+        check_ratio("keep", self.keep)
+
+    def score(self, context: VisualContext) -> Tensor:
+        scores = torch.zeros(context.valid.shape, dtype=torch.float32)
+        valid = context.valid.cpu()
+        for row, sample_id in enumerate(context.sample_ids):
+            digest = hashlib.sha256(f"{self.seed}/{sample_id}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            # As many ranks as the sample has features: the batch's padding must not shift the draw.
+            ranks = torch.randperm(int(valid[row].sum()), generator=generator)
+            scores[row, valid[row]] = ranks.float()
+        return scores.to(context.valid.device)[:, None]
+
+    def budget(self, context: VisualContext) -> Tensor:
+        return ratio_budget(self.keep, context.valid)
+
+    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
+        return top_k(scores, budget, context.valid)[:, 0]

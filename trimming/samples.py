@@ -1,0 +1,36 @@
+"""What one prefill did to each sample's key/value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import LongTensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleTrim:
+    """One sample of the last prefill. Bytes count keys and values in the cache's own dtype, over all layers of their kind."""
+
+    visual_tokens: int
+    """Valid visual features: those of real tiles that some text row sees. 0 for a text-only row."""
+    kept_visual_tokens: int
+    """Valid visual features that stayed."""
+    kept: LongTensor
+    """Kept positions, ascending, on the model's own images × tiles × tokens axis, padding tiles counted in.
+
+    Under ``rows="transformers"`` a sample that keeps every valid feature keeps its padding tiles' too, as rows before the
+    image attend to them there: then this is longer than ``kept_visual_tokens``.
+    """
+    cross_kv_bytes_full: int
+    """Valid features × bytes a feature."""
+    cross_kv_bytes: int
+    """Kept valid features × bytes a feature."""
+    cross_kv_bytes_allocated: int
+    """What the cache really holds for the sample, padded to the longest of its batch."""
+    self_kv_bytes: int
+    """Prompt tokens (padding left out) × bytes a token over the self-attention layers."""
+
+    @property
+    def keep_fraction(self) -> float | None:
+        """Kept share of the valid features; None without any."""
+        return self.kept_visual_tokens / self.visual_tokens if self.visual_tokens else None
