@@ -1,0 +1,94 @@
+"""What a job prints: the plan, the summary, and why a run broke off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.plan import Plan
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(count: float) -> str:
+    """E.g. ``1.5 GiB``."""
+    for unit in _UNITS[:-1]:
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def heading(plan: Plan) -> str:
+    config = plan.config
+    options = "".join(f" {name}={value:g}" for name, value in config.policy_options.items())
+    done = f", {len(plan.finished)} of them finished before" if plan.finished else ""
+    parts = f"{plan.rows:,} rows in {len(plan.shards)} shards, {len(plan.units)} units{done}"
+    return f"{parts}; {config.model}, {config.policy}{options}"
+
+
+def dry_run(plan: Plan) -> str:
+    """The plan in lines, with the first prompt that has a question."""
+    config = plan.config
+    gpus = "1 GPU where there is one" if config.gpus_per_actor is None else f"{config.gpus_per_actor:g} GPUs"
+    columns = ", ".join(a if a == b else f"{a} → {b}" for a, b in plan.columns.passed)
+    lines = [
+        heading(plan),
+        f"input       {config.input}, {size(sum(s.size for s in plan.shards))}",
+        f"output      {config.output}, {len(plan.remaining)} files to write",
+        f"model       {plan.checkpoint.source} ({plan.checkpoint.identity})",
+        f"actors      {config.num_actors}, each {config.cpus_per_actor:g} CPUs and {gpus}; batches of {config.batch_size}",
+        f"columns     {columns or 'none'}",
+        f"roles       image {plan.columns.image!r}, id {plan.columns.id!r}, answer {plan.columns.answer!r}",
+        f"prompt      {example_prompt(plan)!r}",
+    ]
+    return "\n".join(lines)
+
+
+def example_prompt(plan: Plan) -> str:
+    """The prompt of the first row that can be asked."""
+    from pipeline import schema
+    from pipeline.model import load_processor
+    from pipeline.prompts import Prompter
+    from pipeline.source import UnitReader
+
+    prompter = Prompter(load_processor(plan.checkpoint))
+    (block,) = UnitReader(plan.input, plan.columns)(plan.units[0])
+    for row in block[schema.ROWS][0]:
+        question = plan.config.prompt or row[schema.TEXT].as_py()
+        if question:
+            return prompter.text(question, len(row[schema.IMAGES].values))
+    return ""
+
+
+def table(summary: dict[str, Any], output: str) -> str:
+    """The summary in a few lines."""
+    rows, seconds = summary["rows"], summary["seconds"]
+    full, kept = summary["cross_kv_bytes_full"], summary["cross_kv_bytes"]
+    fraction = summary["mean_keep_fraction"]
+    working = summary["seconds_working"]
+    share = summary["rows_this_start"] / rows if rows else 0
+    lines = [
+        ("rows", f"{rows:,}"),
+        ("errors", f"{summary['errors']:,}"),
+        ("seconds", f"{seconds:.1f}, {working:.1f} of them with the cluster up"),
+        ("images/s", f"{summary['images'] * share / working:.1f}" if working else "-"),
+        ("mean kept fraction", "-" if fraction is None else f"{fraction:.3f}"),
+        ("cross KV", f"{size(kept)} of {size(full)}"),
+        ("KV saved", f"{size(full - kept)} ({(1 - kept / full) if full else 0:.1%})"),
+    ]
+    if summary["accuracy"] is not None:
+        lines.append(("accuracy", f"{summary['accuracy']:.1%} of {summary['judged']:,}"))
+    lines.append(("device", f"{summary['device']}, {summary['dtype']}"))
+    lines.append(("output", output))
+    return "\n".join(f"{name:<20}{value}" for name, value in lines)
+
+
+def cause(error: BaseException) -> str:
+    """Why a run broke off, in one line."""
+    from ray.exceptions import RayError
+
+    # An actor's exception comes wrapped in Ray's own, whose text is one traceback after another, the innermost first.
+    first = str(error).split("The above exception was the direct cause")[0]
+    lines = [line.strip() for line in first.splitlines() if line.strip()] or ["no message"]
+    said = lines[-1] if isinstance(error, RayError) else f"{type(error).__name__}: {' '.join(lines)}"
+    return said[:500]

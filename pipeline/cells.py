@@ -1,0 +1,125 @@
+"""From an image cell, whatever its type, to image files' bytes. URIs are read only under the input's own root."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.storage import Storage, is_local
+
+FETCHES = 16
+"""Image files read at once by one read task."""
+MAX_BYTES = 200 * 2**20
+"""A larger image file is an error: under 20 megapixels nothing real comes near."""
+
+
+def image_lists(cells: pa.ChunkedArray | pa.Array, root: Storage, shard: str) -> pa.Array:
+    """Each cell as a list of ``schema.IMAGE_TYPE``: null and empty cells as an empty list, several images in their order.
+
+    ``shard`` is the shard's name under ``root``: relative paths are looked up beside it. An image that cannot be had carries an
+    error instead of bytes.
+    """
+    values = [_members(cell) for cell in cells.to_pylist()]
+    fetched: dict[str, dict[str, Any]] = {}
+    wanted = {member for members in values for member in members if isinstance(member, str)}
+    if wanted:
+        with ThreadPoolExecutor(FETCHES) as pool:
+            fetched = dict(zip(wanted, pool.map(lambda uri: _fetch(uri, root, shard), wanted), strict=True))
+    rows = [[fetched[m] if isinstance(m, str) else m for m in members] for members in values]
+    return pa.array(rows, type=pa.large_list(schema.IMAGE_TYPE))
+
+
+def _members(cell: Any) -> list[str | dict[str, Any]]:
+    if not isinstance(cell, list):
+        member = _member(cell)
+        return [] if member is None else [member]
+    members = [_member(item) for item in cell]
+    return [_failed(f"image {i + 1} of {len(members)} is null") if m is None else m for i, m in enumerate(members)]
+
+
+def _member(item: Any) -> str | dict[str, Any] | None:
+    """A URI still to be read, an image, or None for null."""
+    if isinstance(item, dict):
+        # Where both are there the bytes are the image, and the path is only what it was called.
+        content = item.get("bytes")
+        item = content if content is not None else item.get("path")
+    if isinstance(item, str):
+        return item if item else _failed("the image's path is empty")
+    if item is None:
+        return None
+    if isinstance(item, bytes):
+        return {"bytes": item, "error": None} if item else _failed("the image is empty (0 bytes)")
+    return _failed(f"an image cannot be a {type(item).__name__}")
+
+
+def _failed(error: str) -> dict[str, Any]:
+    return {"bytes": None, "error": error}
+
+
+def _fetch(uri: str, root: Storage, shard: str) -> dict[str, Any]:
+    try:
+        path = resolve(uri, root, shard)
+        fs, _ = root.open()
+        size = fs.size(path)
+        if size is not None and size > MAX_BYTES:
+            return _failed(f"{uri}: {size} bytes are too many for an image (at most {MAX_BYTES})")
+        data = fs.cat_file(path)
+        return {"bytes": data, "error": None} if data else _failed(f"{uri}: the image is empty (0 bytes)")
+    except FileNotFoundError:
+        return _failed(f"{uri}: no such file")
+    except ValueError as error:
+        return _failed(str(error))
+    except Exception as error:  # noqa: BLE001 - the row's boundary: whatever a store answers, the row carries it
+        return _failed(f"{uri}: {type(error).__name__}: {error}")
+
+
+def resolve(uri: str, root: Storage, shard: str) -> str:
+    """The path of ``uri`` on the root's filesystem.
+
+    A shard's writer may not make the cluster read what its user did not point it at, so only what lies under ``root`` is read,
+    after ``..`` and symbolic links are followed. Raises ``ValueError`` for anything else.
+    """
+    _, top = root.open()
+    refused = ValueError(f"{uri}: outside the input's own folder, where alone images are read")
+    parts = urlsplit(uri)
+    if "\0" in uri:
+        raise refused
+    if "://" not in uri:
+        folder = posixpath.dirname(root.path(shard))
+        path = uri if root.local and uri.startswith("/") else posixpath.join(folder, uri.lstrip("/"))
+    elif root.local:
+        if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+            raise refused
+        path = unquote(parts.path)
+    else:
+        if is_local(uri) or parts.scheme != root.url.split("://", 1)[0]:
+            raise refused
+        path = uri.split("://", 1)[1]
+    real: Callable[[str], str] = os.path.realpath if root.local else posixpath.normpath
+    if not real(path).startswith(real(top).rstrip("/") + "/"):
+        raise refused
+    return real(path)
+
+
+def strings(column: pa.ChunkedArray | pa.Array) -> Sequence[str | None]:
+    """Values as strings; a value that is not valid UTF-8 as None."""
+    try:
+        values: list[str | None] = column.cast(pa.large_string()).to_pylist()
+        return values
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        raw = column.cast(pa.large_string(), safe=False).cast(pa.large_binary()).to_pylist()
+        return [_decoded(value) for value in raw]
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,86 @@
+"""Starting or joining Ray, and whether the run fits on what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one actor takes, once the cluster is known."""
+
+    cpus: float
+    gpus: float
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Ray, joined where an address is given or RAY_ADDRESS names one, else started here and stopped afterwards.
+
+    A Ray that the caller has started is used and left alone.
+    """
+    # Ray warns of its next version's default otherwise; with 0 it leaves CUDA_VISIBLE_DEVICES alone for actors without GPUs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A driver that was killed keeps its actors' resources reserved for this long; the default is 180 s.
+    os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
+    # Ray's core tells every driver with actors that their constructors' arguments lie in the object store.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Reads and writes take a CPU each beside the actor's: on one core Ray has to be told that there are two.
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        options |= {"num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
+    with _no_native_stderr():
+        ray.init(address, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_native_stderr() -> Iterator[None]:
+    """Ray's core announces its own log level on stderr, past Python; what goes wrong in there comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def fit(config: RunConfig) -> Resources:
+    """What each actor takes of the connected cluster. Raises ``ValueError``, with the arithmetic, where they don't fit."""
+    import ray
+
+    there = ray.cluster_resources()
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    each = Resources(config.cpus_per_actor, (1.0 if gpus else 0.0) if config.gpus_per_actor is None else config.gpus_per_actor)
+    if config.num_actors * each.gpus > gpus:
+        raise ValueError(
+            f"num_actors={config.num_actors} × gpus_per_actor={each.gpus:g} = {config.num_actors * each.gpus:g} GPUs, "
+            f"and the cluster has {gpus:g}; lower one of them"
+        )
+    taken = config.num_actors * each.cpus
+    if taken + 1 > cpus:
+        raise ValueError(
+            f"num_actors={config.num_actors} × cpus_per_actor={each.cpus:g} = {taken:g} CPUs, and one more to read and write, "
+            f"but the cluster has {cpus:g}; lower one of them"
+        )
+    return each

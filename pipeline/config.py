@@ -1,0 +1,191 @@
+"""The one typed configuration behind every job. Imports nothing heavy: ``--help`` and refusals must answer at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+Job = Literal["answer", "caption"]
+PolicyName = Literal["none", "trimmed-llama", "random", "grid"]
+RowSemantics = Literal["meta", "transformers"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+POLICY_OPTIONS: dict[str, dict[str, float]] = {
+    "none": {},
+    "trimmed-llama": {"k_ratio": 0.25},
+    "random": {"keep": 0.5},
+    "grid": {"keep": 0.5},
+}
+"""The options that each policy takes, with their defaults."""
+
+# What decides a row's answer. The rest (actors, batches, where the cluster is) may change between a run and its continuation.
+_DECIDES = (
+    "job",
+    "policy",
+    "k_ratio",
+    "keep",
+    "rows",
+    "dtype",
+    "prompt",
+    "image_column",
+    "question_column",
+    "id_column",
+    "answer_column",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "limit",
+    "unit_rows",
+    "write_kept",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run: what is read, what answers it, where it goes. Raises ``ValueError`` naming the field, its value and a remedy."""
+
+    job: Job
+    """What is asked of each row: ``answer`` its question, or ``caption`` its images."""
+
+    input: str
+    """Parquet shards: a file, a folder, a glob, each local or ``s3://``."""
+
+    output: str
+    """Folder of the output, local or ``s3://``; the run's own records go to ``.run/`` inside."""
+
+    model: str
+    """Folder or Hugging Face name of a Mllama checkpoint, e.g. ``meta-llama/Llama-3.2-11B-Vision-Instruct``."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+
+    dtype: Dtype = "auto"
+    """Weights' type; ``auto`` is bfloat16 on CUDA and float32 on CPU."""
+
+    policy: PolicyName = "trimmed-llama"
+    """Which visual tokens the cross-attention layers keep; ``none`` keeps all of them."""
+
+    k_ratio: float | None = None
+    """trimmed-llama: share of the visual tokens that each head picks, 0 < K <= 1; default 0.25."""
+
+    keep: float | None = None
+    """random, grid: share of the visual tokens kept, 0 < keep <= 1; default 0.5."""
+
+    rows: RowSemantics = "meta"
+    """What text before the image sees of it: nothing (``meta``, as trained), or everything (``transformers``)."""
+
+    prompt: str | None = None
+    """What is asked of every row, where the job takes no question column."""
+
+    image_column: str = "image"
+    """Column of images: bytes, a {bytes, path} struct, a URI, or a list of these."""
+
+    question_column: str | None = "question"
+    """Column of questions."""
+
+    id_column: str | None = None
+    """Column of row ids; default: ``id`` where the input has one, else a digest of shard and row index."""
+
+    answer_column: str | None = None
+    """Column of true answers, for accuracy; default: ``answer`` where the input has one."""
+
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+
+    temperature: float = 0.0
+    """0 answers greedily; above, tokens are sampled."""
+
+    top_p: float | None = None
+    """Sampling: the smallest set of tokens with this much probability."""
+
+    top_k: int | None = None
+    """Sampling: the k likeliest tokens."""
+
+    seed: int = 0
+    """Seed of sampling and of the random policy."""
+
+    batch_size: int = 32
+    """Rows that the model takes at once."""
+
+    num_actors: int = 1
+    """Copies of the model."""
+
+    gpus_per_actor: float | None = None
+    """GPUs for each copy; default: 1 where the cluster has GPUs, else 0."""
+
+    cpus_per_actor: float = 1.0
+    """Logical CPUs for each copy."""
+
+    limit: int | None = None
+    """Only the first rows, in the order of the shards' names."""
+
+    unit_rows: int = 256
+    """Rows of one unit of work: one contiguous range of a shard, one output file."""
+
+    write_kept: bool = False
+    """Also write each row's kept positions and its images' tile grids."""
+
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Options for s3fs (JSON or YAML), such as {"endpoint_url": "http://..."}; never recorded."""
+
+    ray_address: str | None = None
+    """Cluster to join (``auto``, ``host:port``); default: RAY_ADDRESS, else Ray is started on this machine alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output", "model"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty; give a path or a name")
+        if self.job == "caption" and not (self.prompt or "").strip():
+            raise ValueError(f"prompt={self.prompt!r}: a caption needs one; try prompt='Describe this image.'")
+        if self.job == "answer" and not self.question_column:
+            raise ValueError(f"question_column={self.question_column!r}: name the column that holds the questions")
+        self._check_policy()
+        for name in ("max_new_tokens", "batch_size", "num_actors", "unit_rows", "limit", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative; 0 answers greedily")
+        if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
+            raise ValueError("temperature=0.0 answers greedily and takes no top_p or top_k; set a temperature, or drop them")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.cpus_per_actor < 0 or (self.gpus_per_actor or 0) < 0:
+            given = f"cpus_per_actor={self.cpus_per_actor}, gpus_per_actor={self.gpus_per_actor}"
+            raise ValueError(f"{given} must not be negative; use 0 for none")
+
+    def _check_policy(self) -> None:
+        takes = POLICY_OPTIONS[self.policy]
+        for name in ("k_ratio", "keep"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in takes:
+                users = [policy for policy, options in POLICY_OPTIONS.items() if name in options]
+                raise ValueError(f"{name}={value} means nothing to policy={self.policy!r}; drop it, or use policy={users[0]!r}")
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must lie in (0, 1]; policy='none' keeps everything")
+
+    @property
+    def policy_options(self) -> dict[str, float]:
+        """The policy's own options with their defaults filled in."""
+        given = {name: getattr(self, name) for name in POLICY_OPTIONS[self.policy]}
+        return {name: POLICY_OPTIONS[self.policy][name] if value is None else value for name, value in given.items()}
+
+    def recorded(self) -> dict[str, Any]:
+        """The resolved configuration as JSON values, without anything that may hold a secret."""
+        values = asdict(self) | self.policy_options
+        values["storage_options"] = sorted(values["storage_options"])
+        return values
+
+    def decides_output(self) -> dict[str, Any]:
+        """The part of ``recorded`` that two runs must share to write into one folder, input and model apart."""
+        values = self.recorded()
+        return {name: values[name] for name in _DECIDES}
+
+
+def field_names() -> tuple[str, ...]:
+    """Names of all fields, in order."""
+    return tuple(f.name for f in fields(RunConfig))

@@ -1,0 +1,86 @@
+"""What a run would do, found out before anything is started or written: every refusal comes from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import record, units
+from pipeline.config import RunConfig
+from pipeline.model import Checkpoint, find_checkpoint, versions
+from pipeline.schema import Columns, plan_columns
+from pipeline.storage import Storage, split_input, without
+from pipeline.units import Shard, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run, resolved."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    input: Storage
+    shards: list[Shard]
+    columns: Columns
+    units: list[Unit]
+    output: Storage
+    finished: list[str]
+    """Units that an earlier start of this run has written."""
+    begun: bool
+    """Whether the output folder holds this run already."""
+
+    @property
+    def rows(self) -> int:
+        return sum(unit.rows for unit in self.units)
+
+    @property
+    def remaining(self) -> list[Unit]:
+        done = set(self.finished)
+        return [unit for unit in self.units if unit.name not in done]
+
+    def decides(self) -> dict[str, Any]:
+        """What two starts must share to be one run."""
+        return {
+            "input": units.input_digest(self.shards),
+            "model": self.checkpoint.identity,
+            **self.config.decides_output(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The contents of run.json."""
+        return {
+            "config": self.config.recorded(),
+            "checkpoint": {"source": self.checkpoint.source, "identity": self.checkpoint.identity},
+            "decides": self.decides(),
+            "versions": versions(),
+            "shards": len(self.shards),
+            "units": len(self.units),
+            "rows": self.rows,
+            "columns": dict(self.columns.passed),
+        }
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Looks at model, input and output. Raises ``ValueError`` or ``OSError``, in one line, for what can't run."""
+    checkpoint = find_checkpoint(config.model, config.revision)
+    output = Storage(config.output, config.storage_options)
+    root, names = split_input(config.input, config.storage_options)
+    names = without(names, root, output)
+    if not names:
+        raise ValueError(f"input={config.input!r} holds no parquet file outside the output folder")
+    shards = units.read_footers(root, names)
+    columns = plan_columns(
+        [(shard.name, shard.schema) for shard in shards],
+        image=config.image_column,
+        question=config.question_column,
+        id=config.id_column,
+        answer=config.answer_column,
+    )
+    planned = units.plan_units(shards, config.unit_rows, config.limit)
+    if not planned:
+        raise ValueError(f"input={config.input!r} holds no rows")
+    plan = Plan(config, checkpoint, root, shards, columns, planned, output, [], False)
+    if not record.check_output(output, plan.decides(), config.recorded()):
+        return plan
+    finished = record.finished(output, [unit.name for unit in planned])
+    return Plan(config, checkpoint, root, shards, columns, planned, output, finished, True)

@@ -1,0 +1,132 @@
+"""Files, local or on S3, behind one small class: list shards, read, and write a file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import threading
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+_MAGIC = "*?["
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A root on a filesystem. Picklable: the filesystem is opened by each process for itself.
+
+    Paths given to the methods are relative to ``url``, with forward slashes.
+    """
+
+    url: str
+    """Root folder: a local path or a URL of any scheme that fsspec knows."""
+
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Arguments of the filesystem (keys, endpoint); they may hold secrets, hence no repr."""
+
+    def open(self) -> tuple[AbstractFileSystem, str]:
+        """The filesystem and the root's path on it. fsspec hands every caller of a process the same instance."""
+        fs, root = filesystem(self.url, self.options)
+        return fs, root.rstrip("/") or "/"
+
+    @property
+    def local(self) -> bool:
+        return is_local(self.url)
+
+    def path(self, name: str) -> str:
+        """``name`` as a path on the filesystem."""
+        return posixpath.join(self.open()[1], name)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names directly under ``folder``, sorted; none where the folder is missing."""
+        fs, root = self.open()
+        try:
+            found = fs.ls(posixpath.join(root, folder) if folder else root, detail=False, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted({posixpath.basename(p.rstrip("/")) for p in found} - {""})
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises ``FileNotFoundError``."""
+        fs, _ = self.open()
+        data: bytes = fs.cat_file(self.path(name))
+        return data
+
+    def write(self, name: str, data: bytes, temporary: str) -> None:
+        """Writes ``name`` whole: by one PUT on an object store, else beside ``temporary`` (a folder) and moved into place."""
+        fs, root = self.open()
+        if not self.local:
+            fs.pipe_file(self.path(name), data)
+            return
+        unfinished = f"{root}/{temporary}/{uuid.uuid4().hex}"
+        os.makedirs(os.path.dirname(unfinished), exist_ok=True)
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.path(name))
+        finally:
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+
+
+_lock = threading.Lock()
+
+
+def filesystem(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
+    """fsspec's filesystem for ``url`` and the path on it; local paths come out absolute."""
+    if is_local(url):
+        return url_to_fs(os.path.abspath(url.removeprefix("file://")))
+    # Listings are never cached: a run reads what other processes have just written.
+    with _lock:
+        return url_to_fs(url, **{"use_listings_cache": False, **options})
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def split_input(url: str, options: dict[str, Any]) -> tuple[Storage, list[str]]:
+    """The root of ``url`` and its shards' names relative to it, sorted.
+
+    ``url`` is a file, a folder (its ``*.parquet`` at any depth, but in no folder that begins with a dot) or a glob. The root is
+    the folder, the file's folder, or the folder above a glob's first wildcard. Raises ``FileNotFoundError``.
+    """
+    fs, path = filesystem(url, options)
+    scheme = "" if is_local(url) else url.split("://", 1)[0] + "://"
+    path = path.rstrip("/")
+    # A file's own name may hold a wildcard character.
+    exists = fs.exists(path)
+    if not exists and not any(c in path for c in _MAGIC):
+        raise FileNotFoundError(f"input={url!r} does not exist")
+    if exists and fs.isfile(path):
+        root, found = posixpath.dirname(path), [path]
+    elif exists:
+        root, found = path, [p for p in fs.find(path) if p.endswith(".parquet")]
+    else:
+        fixed = path[: min(path.index(c) for c in _MAGIC if c in path)]
+        root = posixpath.dirname(fixed)
+        found = [p for p in fs.glob(path) if fs.isfile(p)]
+    names = sorted(posixpath.relpath(p, root) for p in found)
+    names = [n for n in names if not hidden(n)]
+    if not names:
+        raise FileNotFoundError(f"input={url!r} holds no parquet file")
+    return Storage(scheme + root if scheme else root, options), names
+
+
+def hidden(name: str) -> bool:
+    """Whether any part of the path begins with a dot: such files are records, never data."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def without(names: Iterable[str], root: Storage, output: Storage) -> list[str]:
+    """``names`` under ``root``, less those that lie in the ``output`` folder."""
+    prefix = output.open()[1].rstrip("/") + "/"
+    return [n for n in names if not root.path(n).startswith(prefix)]

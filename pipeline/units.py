@@ -1,0 +1,142 @@
+"""What a run is made of: shards and their footers, and units, each a contiguous row range of one shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import Storage
+
+UNIT_BYTES = 256 * 2**20
+"""Rows of a unit are fewer than asked where they would weigh more than this, compressed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A parquet file's footer, as far as planning needs it."""
+
+    name: str
+    """Path relative to the input's root."""
+    groups: tuple[int, ...]
+    """Rows of each row group."""
+    size: int
+    """Bytes of all row groups, compressed."""
+    schema: pa.Schema
+
+    @property
+    def rows(self) -> int:
+        return sum(self.groups)
+
+    @property
+    def digest(self) -> str:
+        """Short digest of the name, by which shards of one stem in several folders stay apart."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows ``start`` to ``stop`` (exclusive) of a shard: read by one task, answered by one actor, written to one file."""
+
+    shard: str
+    start: int
+    stop: int
+    name: str
+    """The output file's name without its suffix, decided by shard and range alone."""
+    bytes: int
+    """Estimate of the rows' size."""
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def read_footers(root: Storage, names: Sequence[str]) -> list[Shard]:
+    """The shards' footers, read side by side. Raises ``ValueError`` for a file that is not parquet."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda name: _footer(root, name), names))
+
+
+def _footer(root: Storage, name: str) -> Shard:
+    fs, _ = root.open()
+    try:
+        with fs.open(root.path(name), "rb") as file:
+            footer = pq.ParquetFile(file)
+            groups = [footer.metadata.row_group(i) for i in range(footer.num_row_groups)]
+            schema = footer.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        if not damaged(error):
+            raise
+        said = _first_line(error)
+        raise ValueError(f"{name} is not a parquet file that can be read ({said}); remove it or name others") from error
+    size = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
+    return Shard(name, tuple(g.num_rows for g in groups), size, schema)
+
+
+def damaged(error: Exception) -> bool:
+    """Whether bytes that came are no parquet, rather than bytes that did not come: Arrow's own errors carry no number."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None) -> list[Unit]:
+    """Cuts the shards into units of at most ``unit_rows`` rows, of whole row groups where they fit.
+
+    A row group that is larger than a unit is cut evenly. ``limit`` ends the plan after that many rows.
+    """
+    units: list[Unit] = []
+    left = limit
+    for shard in shards:
+        row_bytes = shard.size / max(1, shard.rows)
+        most = max(1, min(unit_rows, int(UNIT_BYTES / max(1.0, row_bytes))))
+        for start, stop in _ranges(shard.groups, most):
+            if left is not None:
+                stop = min(stop, start + left)
+                left -= stop - start
+            if stop > start:
+                units.append(Unit(shard.name, start, stop, unit_name(shard, start, stop), int((stop - start) * row_bytes)))
+    return units
+
+
+def _ranges(groups: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    start = stop = 0
+    for rows in groups:
+        if stop - start + rows > most and stop > start:
+            yield start, stop
+            start = stop
+        if rows > most:
+            pieces = -(-rows // most)
+            cuts = [start + rows * i // pieces for i in range(pieces + 1)]
+            yield from pairwise(cuts)
+            start = stop = cuts[-1]
+        else:
+            stop += rows
+    if stop > start:
+        yield start, stop
+
+
+def unit_name(shard: Shard, start: int, stop: int) -> str:
+    """E.g. ``train-00003-1f0c8c2b77-0000512-0000768``: stem, digest of the path, range."""
+    stem = posixpath.basename(shard.name).removesuffix(".parquet").lstrip("._")[:80]
+    return f"{stem}-{shard.digest}-{start:07d}-{stop:07d}"
+
+
+def row_id(shard: str, index: int) -> str:
+    """The id of a row that has none: a digest of its shard's relative path and its index there."""
+    return hashlib.sha256(f"{shard}\0{index}".encode()).hexdigest()[:24]
+
+
+def input_digest(shards: Sequence[Shard]) -> str:
+    """Tells whether the input is still the one that a run began with: names, rows and sizes of all shards."""
+    listing = json.dumps([(s.name, s.groups, s.size) for s in shards])
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]

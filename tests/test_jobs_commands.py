@@ -1,0 +1,199 @@
+"""The commands as they are typed: options, refusals, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import answer, caption, report
+from jobs.options import field_docs
+from pipeline.config import field_names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def shard(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
+    cells = [picture(100 + 40 * i, 80, seed=i) for i in range(5)] + [b"broken"]
+    table = pa.table({"image": cells, "question": ["how many"] * 6, "answer": ["x"] * 6})
+    path = tmp_path / "shard.parquet"
+    pq.write_table(table, path)
+    return path
+
+
+def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def given(shard: Path, checkpoint_folder: str) -> list[str]:
+    return ["--input", str(shard), "--output", str(shard.parent / "out"), "--model", checkpoint_folder]
+
+
+def test_every_option_says_what_it_is() -> None:
+    assert set(field_docs()) == set(field_names())
+    for job in ("answer", "caption"):
+        began = time.monotonic()
+        done = run(job, "--help")
+        # About a second on an idle machine; torch, transformers and ray alone would take six.
+        assert time.monotonic() - began < 4
+        assert done.returncode == 0
+        assert "--k-ratio" in done.stdout
+    assert "--prompt" in done.stdout
+    assert "--question-column" not in done.stdout
+
+
+def test_importing_does_nothing() -> None:
+    modules = "jobs.answer, jobs.caption, jobs.options, pipeline.config"
+    heavy = f"import {modules}, sys; print({{'torch', 'ray', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--k-ratio", "2"], "k_ratio=2.0 must lie in (0, 1]"),
+        (["--k-ratio", "x"], "k_ratio"),
+        (["--keep", "0.5"], "keep=0.5 means nothing to policy='trimmed-llama'"),
+        (["--policy", "none", "--k-ratio", "0.5"], "k_ratio=0.5 means nothing to policy='none'"),
+        (["--policy", "best"], "policy"),
+        (["--no-such-option", "1"], "no-such-option"),
+        (["--top-p", "0.5"], "set a temperature"),
+        (["--image-column", "img"], "image_column='img' is not a column of shard.parquet, which has image, question, answer"),
+        (["--answer-column", "truth"], "answer_column='truth'"),
+        (["--input", "/no/such/place"], "input='/no/such/place' does not exist"),
+        (["--input", "/no/such/*.parquet"], "holds no parquet file"),
+        (["--model", "/no/such/model"], "model='/no/such/model' does not exist"),
+        (["--model", "org/not-cached"], "the Hub cannot be reached"),
+        (["--revision", "v1"], "revision='v1' has no effect"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["--storage-options", "3"], "storage_options"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(
+    shard: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert answer.main([*given(shard, checkpoint_folder), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert said in captured.err
+    assert captured.err.startswith("python -m jobs.answer: ")
+    assert not (shard.parent / "out").exists()
+
+
+def test_missing_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer.main(["--input", "x"]) == 2
+    assert "required" in capsys.readouterr().err
+
+
+def test_refusals_from_the_command_line_itself(shard: Path, checkpoint_folder: str, tmp_path: Path) -> None:
+    llava = tmp_path / "llava"
+    llava.mkdir()
+    (llava / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    (llava / "model.safetensors").write_bytes(b"")
+    done = run("answer", *given(shard, checkpoint_folder), "--model", str(llava))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "of type 'llava', not a Mllama" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_another_runs_output_is_refused(shard: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shard.parent / "out"
+    out.mkdir()
+    (out / "mine.parquet").write_bytes(b"mine")
+    assert answer.main(given(shard, checkpoint_folder)) == 2
+    assert "files of something else (mine.parquet)" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine.parquet"]
+
+
+def test_dry_run_writes_nothing(shard: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer.main([*given(shard, checkpoint_folder), "--unit-rows", "4", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "6 rows in 1 shards, 2 units" in said
+    assert "<|image|>how many" in said
+    assert not (shard.parent / "out").exists()
+    assert caption.main([*given(shard, checkpoint_folder), "--prompt", "what is this", "--dry-run"]) == 0
+    assert "<|image|>what is this" in capsys.readouterr().out
+
+
+def test_options_from_a_file(shard: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = dict(zip(("input", "output", "model"), given(shard, checkpoint_folder)[1::2], strict=True))
+    lines = [f"{k}: {json.dumps(v)}" for k, v in names.items()]
+    file = tmp_path / "run.yaml"
+    file.write_text("\n".join([*lines, "policy: grid", "keep: 0.25", "storage_options: {anon: true}", "batch-size: 3"]))
+    assert answer.main(["--config", str(file), "--dry-run"]) == 0
+    assert "grid keep=0.25" in capsys.readouterr().out
+    # What is typed goes before what the file says.
+    assert answer.main(["--config", str(file), "--keep", "0.5", "--dry-run"]) == 0
+    assert "grid keep=0.5" in capsys.readouterr().out
+    file.write_text("\n".join([*lines, "polcy: grid"]))
+    assert answer.main(["--config", str(file), "--dry-run"]) == 2
+    assert "polcy" in capsys.readouterr().err
+
+
+def test_the_summary_in_words() -> None:
+    summary: dict[str, Any] = {
+        "rows": 4, "rows_this_start": 4, "errors": 1, "images": 3, "seconds": 10.0, "seconds_working": 6.0,
+        "cross_kv_bytes_full": 4 * 2**20, "cross_kv_bytes": 2**20, "mean_keep_fraction": 0.25, "accuracy": 0.5,
+        "judged": 2, "device": "CPU, 2 threads", "dtype": "float32",
+    }  # fmt: skip
+    said = report.table(summary, "out")
+    for line in (
+        "rows                4",
+        "errors              1",
+        "images/s            0.5",
+        "KV saved            3.0 MiB (75.0%)",
+    ):
+        assert line in said
+    assert "accuracy            50.0% of 2" in said
+    assert "accuracy" not in report.table(summary | {"accuracy": None}, "out")
+    assert [report.size(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3.0 GiB"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_and_its_repetition(shard: Path, checkpoint_folder: str) -> None:
+    """The command starts a Ray of its own, answers, ends; the second time there is nothing to do."""
+    arguments = [*given(shard, checkpoint_folder), "--max-new-tokens", "4"]
+    first = run("answer", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "errors              1" in first.stdout
+    assert "accuracy" in first.stdout
+    assert "Traceback" not in first.stderr
+    assert len(pq.read_table(shard.parent / "out")) == 6
+    began = time.monotonic()
+    again = run("answer", *arguments)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert time.monotonic() - began < 5
+    other = run("answer", *arguments, "--k-ratio", "0.5")
+    assert other.returncode == 2
+    assert "differs in k_ratio (0.25 there, 0.5 here)" in other.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_joining_a_cluster(shard: Path, checkpoint_folder: str, ray_cluster: str) -> None:
+    done = run("caption", *given(shard, checkpoint_folder), "--max-new-tokens", "2", "--ray-address", ray_cluster)
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(shard.parent / "out").to_pylist()
+    assert sum(r["error"] is None for r in rows) == 5
+    # A cluster that cannot hold the actors is told before anything is written.
+    arguments = ["--output", str(shard.parent / "none"), "--ray-address", ray_cluster, "--num-actors", "9"]
+    done = run("caption", *given(shard, checkpoint_folder), *arguments)
+    assert done.returncode == 2
+    assert "num_actors=9 × cpus_per_actor=1 = 9 CPUs" in done.stderr
+    assert not (shard.parent / "none").exists()

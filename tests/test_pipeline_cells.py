@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.cells import image_lists, resolve, strings
+from pipeline.storage import Storage
+
+
+def lists(values: list[Any], kind: pa.DataType, root: str = "/nowhere") -> list[list[dict[str, Any]]]:
+    return image_lists(pa.chunked_array([values], kind), Storage(root), "shard.parquet").to_pylist()
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+DATA = {"bytes": b"data", "error": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (pa.binary(), b"data", [DATA]),
+        (pa.large_binary(), b"data", [DATA]),
+        (pa.binary(), None, []),
+        (STRUCT, {"bytes": b"data", "path": "/etc/passwd"}, [DATA]),
+        (STRUCT, {"bytes": None, "path": None}, []),
+        (STRUCT, None, []),
+        (pa.list_(STRUCT), [{"bytes": b"data", "path": None}] * 2, [DATA, DATA]),
+        (pa.list_(pa.binary()), [b"data"], [DATA]),
+        (pa.list_(pa.binary()), [], []),
+        (pa.list_(pa.binary()), None, []),
+    ],
+)
+def test_every_shape_of_cell(kind: pa.DataType, value: Any, expected: list[dict[str, Any]]) -> None:
+    assert lists([value], kind) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (pa.binary(), b"", "0 bytes"),
+        (pa.string(), "", "path is empty"),
+        (pa.string(), "none.png", "no such file"),
+        (pa.list_(pa.binary()), [b"data", None], "image 2 of 2 is null"),
+    ],
+)
+def test_images_that_cannot_be_had_carry_an_error(kind: pa.DataType, value: Any, said: str, tmp_path: Path) -> None:
+    ((*_, last),) = lists([value], kind, str(tmp_path))
+    assert last["bytes"] is None
+    assert said in last["error"]
+
+
+def test_paths_are_read_beside_the_shard_and_under_the_root(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    root = tmp_path / "in put"
+    (root / "part/images").mkdir(parents=True)
+    (root / "part/images/a b.png").write_bytes(picture())
+    (root / "up.png").write_bytes(b"up")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    os.symlink(tmp_path / "secret.png", root / "link.png")
+    read = ["images/a b.png", "../up.png", f"{root}/up.png", f"file://{str(root).replace(' ', '%20')}/up.png"]
+    kept = [
+        "../../secret.png",
+        "/etc/passwd",
+        "../link.png",
+        "file:///etc/passwd",
+        "http://169.254.169.254/x",
+        "s3://b/x",
+        "a\0b",
+    ]
+    cells = image_lists(pa.chunked_array([read + kept]), Storage(str(root)), "part/shard.parquet").to_pylist()
+    assert [c[0]["bytes"] for c in cells[: len(read)]] == [picture(), b"up", b"up", b"up"]
+    for cell in cells[len(read) :]:
+        assert cell[0]["bytes"] is None
+        assert "outside the input's own folder" in cell[0]["error"]
+
+
+def test_s3_paths(s3: dict[str, Any]) -> None:
+    root = Storage("s3://bucket/cells", s3)
+    root.write("images/a b+c%.png", b"png", temporary="")
+    uris = [
+        "images/a b+c%.png",
+        "s3://bucket/cells/images/a b+c%.png",
+        "../other.png",
+        "s3://other/x.png",
+        "/etc/passwd",
+        "file:///etc/passwd",
+    ]
+    cells = image_lists(pa.chunked_array([uris]), root, "shard.parquet").to_pylist()
+    assert [c[0]["bytes"] for c in cells] == [b"png", b"png", None, None, None, None]
+    assert "no such file" in cells[4][0]["error"]  # under the root, like any key
+    assert "outside" in cells[5][0]["error"]
+    with pytest.raises(ValueError, match="outside"):
+        resolve("s3://bucket/cells/../x.png", root, "shard.parquet")
+
+
+def test_strings_that_are_not_utf8() -> None:
+    raw = pa.array([b"fine", b"\xff\xfe", None], pa.binary())
+    broken = pa.Array.from_buffers(pa.string(), 3, raw.buffers(), raw.null_count)
+    assert strings(pa.chunked_array([broken])) == ["fine", None, None]
+    assert strings(pa.array([1, None])) == ["1", None]
+    assert strings(pa.array(["a", "b", "a"]).dictionary_encode()) == ["a", "b", "a"]

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.config import RunConfig
+
+GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"policy": "grid", "k_ratio": 0.5}, r"k_ratio=0\.5 .*policy='grid'.*'trimmed-llama'"),
+        ({"keep": 0.5}, r"keep=0\.5 .*policy='trimmed-llama'.*'random'"),
+        ({"policy": "none", "keep": 0.5}, r"keep=0\.5"),
+        ({"k_ratio": 0.0}, r"k_ratio=0\.0 must lie in \(0, 1\]"),
+        ({"policy": "random", "keep": 1.5}, r"keep=1\.5"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
+        ({"batch_size": -1}, r"batch_size=-1"),
+        ({"limit": 0}, r"limit=0"),
+        ({"temperature": -0.1}, r"temperature=-0\.1"),
+        ({"top_p": 0.9}, r"temperature=0\.0 .*top_p"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0\.0"),
+        ({"gpus_per_actor": -1.0}, r"gpus_per_actor=-1\.0"),
+        ({"input": " "}, r"input is empty"),
+        ({"job": "caption"}, r"prompt=None"),
+        ({"question_column": ""}, r"question_column=''"),
+    ],
+)
+def test_errors_name_field_value_and_remedy(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RunConfig(**{**GIVEN, **fields})
+
+
+def test_policies_take_their_own_options() -> None:
+    assert RunConfig(**GIVEN).policy_options == {"k_ratio": 0.25}
+    assert RunConfig(**GIVEN, policy="grid").policy_options == {"keep": 0.5}
+    assert RunConfig(**GIVEN, policy="random", keep=0.1).policy_options == {"keep": 0.1}
+    assert RunConfig(**GIVEN, policy="none").policy_options == {}
+
+
+def test_secrets_are_never_recorded() -> None:
+    config = RunConfig(**GIVEN, storage_options={"key": "AKIA", "secret": "hush"})
+    assert config.recorded()["storage_options"] == ["key", "secret"]
+    assert "hush" not in str(config.recorded())
+    assert "storage_options" not in config.decides_output()
+
+
+def test_a_default_and_its_value_decide_the_same_output() -> None:
+    assert RunConfig(**GIVEN).decides_output() == RunConfig(**GIVEN, k_ratio=0.25).decides_output()
+    assert RunConfig(**GIVEN).decides_output() == RunConfig(**GIVEN, batch_size=3, num_actors=7).decides_output()
+    assert RunConfig(**GIVEN).decides_output() != RunConfig(**GIVEN, k_ratio=0.5).decides_output()

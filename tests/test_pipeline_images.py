@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import images
+from pipeline.images import ImageError, Normaliser, Tiler
+from pipeline.model import find_checkpoint, load_processor
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def mean(image: Image.Image) -> list[float]:
+    assert image.mode == "RGB"
+    return [float(c) for c in np.asarray(image).reshape(-1, 3).mean(0)]
+
+
+RED = Image.new("RGB", (60, 40), (200, 30, 30))
+
+
+@pytest.mark.parametrize(
+    ("image", "format", "expected"),
+    [
+        (RED, "PNG", (200, 30, 30)),
+        (RED, "JPEG", (200, 30, 30)),
+        (RED, "WEBP", (200, 30, 30)),
+        (RED, "BMP", (200, 30, 30)),
+        (RED, "GIF", (200, 30, 30)),
+        (RED, "TIFF", (200, 30, 30)),
+        (RED, "PPM", (200, 30, 30)),
+        (RED.quantize(4), "PNG", (200, 30, 30)),
+        (RED.convert("CMYK"), "JPEG", (200, 30, 30)),
+        (RED.convert("CMYK"), "TIFF", (200, 30, 30)),
+        (RED.convert("YCbCr"), "TIFF", (200, 30, 30)),
+        (RED.convert("L"), "JPEG", (81, 81, 81)),
+        (Image.new("1", (60, 40), 1), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (60, 40), (0, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (60, 40), (0, 0, 0, 127)), "PNG", (128, 128, 128)),
+        (Image.new("LA", (60, 40), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("I;16", (60, 40), 32896), "PNG", (128, 128, 128)),
+        (Image.new("I;16", (60, 40), 200), "TIFF", (1, 1, 1)),
+        (Image.new("I", (60, 40), 32896), "TIFF", (128, 128, 128)),
+        (Image.new("F", (60, 40), 0.5), "TIFF", (128, 128, 128)),
+        (Image.new("LAB", (60, 40), (255, 128, 128)), "TIFF", (255, 255, 255)),
+    ],
+    ids=lambda value: f"{value.mode}" if isinstance(value, Image.Image) else None,
+)
+def test_every_mode_becomes_rgb(image: Image.Image, format: str, expected: tuple[int, ...]) -> None:
+    data = encoded(image, format)
+    decoded = images.decode(data)
+    assert decoded.size == images.header(data) == (60, 40)
+    assert mean(decoded) == pytest.approx(expected, abs=4)
+
+
+def test_transparent_palette() -> None:
+    image = Image.new("P", (60, 40), 0)
+    image.putpalette([10, 20, 30, 200, 30, 30])
+    assert mean(images.decode(encoded(image, "PNG", transparency=0))) == [255, 255, 255]
+    assert mean(images.decode(encoded(image, "GIF", transparency=0))) == [255, 255, 255]
+    assert mean(images.decode(encoded(image, "PNG", transparency=1))) == [10, 20, 30]
+    assert mean(images.decode(encoded(RED, "PNG", transparency=(200, 30, 30)))) == [255, 255, 255]
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (60, 40), c) for c in ((200, 30, 30), (0, 0, 0), (9, 9, 9))]
+    for format in ("GIF", "WEBP", "PNG", "TIFF"):
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        assert mean(images.decode(data)) == pytest.approx([200, 30, 30], abs=3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    upright = Image.new("RGB", (60, 40))
+    upright.paste((250, 250, 250), (0, 0, 30, 20))  # white in the upper left
+    stored = {
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }[orientation]
+    image = upright
+    for step in stored:
+        image = image.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "PNG", exif=exif)
+    assert images.header(data) == (60, 40)
+    assert np.array_equal(np.asarray(images.decode(data)), np.asarray(upright))
+
+
+def test_a_broken_exif_block_spoils_nothing(picture: Callable[..., bytes]) -> None:
+    data = encoded(Image.open(io.BytesIO(picture())), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk")
+    assert images.header(data) == (100, 80)
+    assert images.decode(data).size == (100, 80)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"not an image", "not an image"),
+        (b"", "not an image"),
+        (b"<svg></svg>", "not an image"),
+        (png_header(5000, 4001), "over 20 megapixels"),
+        (png_header(60000, 60000), "pixels"),
+        (png_header(2**31 - 1, 1), "pixels"),
+        (png_header(101, 1), "over 100:1"),
+        (png_header(20000, 20), "over 100:1"),
+        (png_header(100, 100), "can't be decoded"),
+        (encoded(RED, "PNG")[:-30], "can't be decoded"),
+        (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:900], "can't be decoded"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_be_answered_is_said_in_words(data: bytes, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        images.decode(data)
+
+
+def test_the_bounds_themselves_are_answered() -> None:
+    assert images.decode(encoded(Image.new("L", (500, 5)), "PNG")).size == (500, 5)
+    assert images.decode(encoded(Image.new("1", (5000, 4000)), "PNG")).size == (5000, 4000)
+    assert images.decode(encoded(Image.new("L", (1, 1)), "PNG")).size == (1, 1)
+
+
+def test_digest(picture: Callable[..., bytes]) -> None:
+    one, two = picture(seed=1), picture(seed=2)
+    assert images.digest([]) is None
+    assert images.digest([one]) == images.digest([one]) != images.digest([two])
+    assert images.digest([one, two]) != images.digest([two, one])
+
+
+SIZES = [(100, 80), (112, 112), (300, 80), (80, 300), (230, 230), (700, 30), (1, 1), (640, 480), (113, 7), (448, 112)]
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_pixels_equal_the_processors(checkpoint_folder: str, picture: Callable[..., bytes], backend: str) -> None:
+    processor = load_processor(find_checkpoint(checkpoint_folder, None))
+    if backend == "torchvision":
+        pytest.importorskip("torchvision")
+        from transformers.models.mllama.image_processing_mllama import MllamaImageProcessor
+
+        processor.image_processor = MllamaImageProcessor.from_pretrained(checkpoint_folder)
+    pictures = [images.decode(picture(*size, seed=i)) for i, size in enumerate(SIZES)]
+    batch = [[pictures[0]], pictures[1:3], pictures[3:6], pictures[6:7], pictures[7:9], [pictures[9]]]
+    expected = processor.image_processor(batch, return_tensors="pt")
+
+    tiler, normalise = Tiler(processor), Normaliser(processor, torch.device("cpu"), torch.float32)
+    tiles = [[tiler(p) for p in row] for row in batch]
+    assert all(t.pixels.dtype == torch.uint8 for row in tiles for t in row)
+    assert [[len(t.pixels) for t in row] for row in tiles] == [list(row) for row in expected["num_tiles"]]
+    assert [[tiler.tile_count(*p.size) for p in row] for row in batch] == [list(row) for row in expected["num_tiles"]]
+    ours = normalise(tiles)
+    assert ours["pixel_values"].shape == expected["pixel_values"].shape
+    assert (ours["pixel_values"] - expected["pixel_values"]).abs().max() <= 1e-6
+    for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
+        assert torch.equal(ours[name], expected[name])
+
+
+def test_grids_are_rows_and_columns(checkpoint_folder: str, picture: Callable[..., bytes]) -> None:
+    tiler = Tiler(load_processor(find_checkpoint(checkpoint_folder, None)))
+    wide = tiler(images.decode(picture(440, 100)))
+    assert wide.grid == (1, 4)
+    assert wide.pixels.shape == (4, 3, 112, 112)
+    assert tiler(images.decode(picture(100, 330))).grid == (3, 1)
+
+
+def test_real_photographs() -> None:
+    """Every picture that scikit-image's and scikit-learn's wheels hold."""
+    skimage = pytest.importorskip("skimage")
+    sklearn = pytest.importorskip("sklearn")
+    folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"]
+    files = [f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in (".png", ".jpg", ".jpeg", ".gif", ".tif")]
+    loaded = 0
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except Exception:  # noqa: BLE001 - scikit-image's folder holds some that Pillow can't load
+            with pytest.raises(ImageError):
+                images.decode(file.read_bytes())
+            continue
+        assert images.decode(file.read_bytes()).mode == "RGB", file
+        loaded += 1
+    assert loaded >= 20

@@ -1,0 +1,127 @@
+"""The sink's files and the run's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import record
+from pipeline.record import RefusalError
+from pipeline.sink import UnitSink, UnitWriter
+from pipeline.storage import Storage
+
+SCHEMA = pa.schema([("id", pa.string()), ("n", pa.int32()), ("kept", pa.list_(pa.int32()))])
+STATS: dict[str, Any] = {
+    "rows": 2,
+    "errors": 1,
+    "seconds": {"read": 0.5},
+    "device": "CPU",
+    "dtype": "float32",
+    "peak_memory_bytes": 7,
+}
+
+
+def block(*units: str, rows: int = 2) -> pa.Table:
+    array = pa.StructArray.from_arrays(
+        [pa.array([str(i) for i in range(rows)]), pa.nulls(rows, pa.int32()), pa.nulls(rows, pa.list_(pa.int32()))],
+        fields=list(SCHEMA),
+    )
+    listed = pa.LargeListArray.from_arrays(pa.array([0, rows], pa.int64()), array)
+    one = [pa.table({"unit": [u], "rows": listed, "stats": [json.dumps(STATS)]}) for u in units]
+    return pa.concat_tables(one)
+
+
+def sink(folder: Path, *units: str) -> UnitSink:
+    return UnitSink(UnitWriter(Storage(str(folder)), SCHEMA, dict.fromkeys(units, 2)))
+
+
+def test_one_file_a_unit_however_blocks_come(tmp_path: Path) -> None:
+    units = ("a", "b", "c")
+    returned = sink(tmp_path, *units).write([block("a", "b"), block("c")], None)  # type: ignore[arg-type]
+    assert returned == [STATS] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".run", "a.parquet", "b.parquet", "c.parquet"]
+    for unit in units:
+        # All null, and the schema is still the one that was fixed.
+        assert pq.read_schema(tmp_path / f"{unit}.parquet") == SCHEMA
+    assert list((tmp_path / ".run/unfinished").iterdir()) == []
+
+
+def test_writing_twice_leaves_one_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        sink(tmp_path, "a").write([block("a")], None)  # type: ignore[arg-type]
+    assert pq.read_table(tmp_path / "a.parquet").num_rows == 2
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+
+
+def test_a_unit_that_lost_rows_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unit a came with 1 rows instead of 2"):
+        sink(tmp_path, "a").write([block("a", rows=1)], None)  # type: ignore[arg-type]
+    assert list(tmp_path.glob("*.parquet")) == []
+
+
+def test_data_comes_before_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(Storage, "write", lambda self, name, data, temporary: written.append(name))
+    sink(tmp_path, "a").write([block("a")], None)  # type: ignore[arg-type]
+    assert written == ["a.parquet", ".run/units/a.json"]
+
+
+def test_a_unit_is_finished_with_both_file_and_marker(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path))
+    units = ["a", "b", "c", "d"]
+    assert record.finished(output, units) == []
+    sink(tmp_path, *units).write([block(*units)], None)  # type: ignore[arg-type]
+    (tmp_path / "b.parquet").unlink()
+    (tmp_path / record.marker("c")).unlink()
+    assert record.finished(output, units) == ["a", "d"]
+    assert record.read_markers(output, ["a", "d"]) == [STATS, STATS]
+
+
+def begin(folder: Path, decides: dict[str, Any], config: dict[str, Any]) -> None:
+    record.begin(Storage(str(folder)), {"decides": decides, "config": config})
+
+
+def test_a_folder_is_free_ours_or_refused(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path / "out"))
+    decides, config = {"model": "digest", "seed": 0}, {"model": "m", "seed": 0}
+    assert record.check_output(output, decides, config) is False
+    begin(tmp_path / "out", decides, config)
+    assert record.check_output(output, decides, config) is True
+    with pytest.raises(RefusalError, match=r"differs in seed \(0 there, 1 here\)"):
+        record.check_output(output, decides | {"seed": 1}, config | {"seed": 1})
+    with pytest.raises(RefusalError, match=r"differs in model \(its files have changed\)"):
+        record.check_output(output, decides | {"model": "other"}, config)
+    (tmp_path / "out/.run/run.json").write_text("{")
+    with pytest.raises(RefusalError, match="unreadable"):
+        record.check_output(output, decides, config)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"x")
+    with pytest.raises(RefusalError, match=r"files of something else \(x\.parquet\)"):
+        record.check_output(Storage(str(tmp_path)), {}, {})
+    with pytest.raises(RefusalError, match="is a file"):
+        record.check_output(Storage(str(tmp_path / "x.parquet")), {}, {})
+
+
+def test_summaries_add_up() -> None:
+    first = STATS | {"keep_fraction_sum": 1.5, "keep_fraction_rows": 2, "judged": 2, "correct": 1, "images": 2}
+    second = STATS | {
+        "keep_fraction_sum": 0.5,
+        "keep_fraction_rows": 1,
+        "peak_memory_bytes": 9,
+        "seconds": {"read": 1.0, "decode": 2.0},
+    }
+    total = record.summarise([first, second])
+    assert (total["rows"], total["errors"], total["images"]) == (4, 2, 2)
+    assert total["mean_keep_fraction"] == pytest.approx(2 / 3)
+    assert total["accuracy"] == 0.5
+    assert total["peak_memory_bytes"] == 9
+    assert total["seconds_per_stage"] == {"decode": 2.0, "read": 1.5}
+    nothing = record.summarise([STATS])
+    assert nothing["mean_keep_fraction"] is nothing["accuracy"] is None

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import units
+from pipeline.storage import Storage
+from pipeline.units import Shard, plan_units
+
+SCHEMA = pa.schema([])
+
+
+def ranges(*groups: int, unit_rows: int, limit: int | None = None) -> list[tuple[int, int]]:
+    planned = plan_units([Shard("s.parquet", groups, 0, SCHEMA)], unit_rows, limit)
+    return [(u.start, u.stop) for u in planned]
+
+
+def test_whole_row_groups_where_they_fit() -> None:
+    assert ranges(40, 40, 40, 40, unit_rows=100) == [(0, 80), (80, 160)]
+    assert ranges(100, 100, unit_rows=100) == [(0, 100), (100, 200)]
+    assert ranges(300, unit_rows=100) == [(0, 100), (100, 200), (200, 300)]
+    assert ranges(250, 10, unit_rows=100) == [(0, 83), (83, 166), (166, 250), (250, 260)]
+    assert ranges(10, 250, unit_rows=100) == [(0, 10), (10, 93), (93, 176), (176, 260)]
+    assert ranges(0, 5, 0, unit_rows=100) == [(0, 5)]
+    assert ranges(unit_rows=100) == []
+
+
+@pytest.mark.parametrize("unit_rows", [1, 7, 64, 1000])
+def test_units_cover_every_row_once(unit_rows: int) -> None:
+    cuts = ranges(3, 100, 0, 1, 64, 7, 500, unit_rows=unit_rows)
+    assert cuts[0][0] == 0
+    assert cuts[-1][1] == 675
+    assert all(a[1] == b[0] for a, b in pairwise(cuts))
+    assert max(stop - start for start, stop in cuts) <= unit_rows
+
+
+def test_limit() -> None:
+    assert ranges(40, 40, unit_rows=40, limit=50) == [(0, 40), (40, 50)]
+    assert ranges(40, 40, unit_rows=40, limit=40) == [(0, 40)]
+
+
+def test_heavy_rows_make_smaller_units() -> None:
+    heavy = Shard("s.parquet", (64,), 64 * 32 * 2**20, SCHEMA)
+    assert {u.rows for u in plan_units([heavy], 64)} == {8}
+
+
+def test_names_follow_from_shard_and_range() -> None:
+    shards = [Shard(name, (5,), 0, SCHEMA) for name in ("a/x.parquet", "b/x.parquet", "b/_y.parquet", "b/.hidden")]
+    names = [u.name for u in plan_units(shards, 100)]
+    assert len(set(names)) == 4
+    assert names == [u.name for u in plan_units(shards, 100)]
+    # Parquet readers skip names that begin with a dot or an underscore.
+    assert not any(n.startswith((".", "_")) for n in names)
+    assert names[0].endswith("-0000000-0000005")
+
+
+def test_footers(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": range(10)}), tmp_path / "a.parquet", row_group_size=4)
+    (shard,) = units.read_footers(Storage(str(tmp_path)), ["a.parquet"])
+    assert shard.groups == (4, 4, 2)
+    assert shard.rows == 10
+    assert shard.size > 0
+    before = units.input_digest([shard])
+    pq.write_table(pa.table({"a": range(11)}), tmp_path / "a.parquet", row_group_size=4)
+    assert units.input_digest(units.read_footers(Storage(str(tmp_path)), ["a.parquet"])) != before
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet", b"PAR1" + b"x" * 40 + b"PAR1"])
+def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^bad\.parquet is not a parquet file"):
+        units.read_footers(Storage(str(tmp_path)), ["bad.parquet"])
