@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -75,11 +75,15 @@ def held_out(shape: str, color: str, glyph: str) -> bool:
     return (SHAPES.index(shape) + 2 * list(COLORS).index(color) + 3 * GLYPHS.index(glyph)) % 7 == 0
 
 
-def scene(split: str, index: int, max_objects: int = 6) -> Scene:
-    """The ``index``-th scene of ``split`` ("train" or "test"), with at most ``max_objects`` objects (a curriculum's lever)."""
-    rng = random.Random(f"{split}/{index}/{max_objects}")
+def scene(split: str, index: int, drill: bool = False) -> Scene:
+    """The ``index``-th scene of ``split`` ("train" or "test").
+
+    A ``drill`` is for training only: one tile, and a letter or digit on every object, so that reading is learnt on cheap
+    pictures.
+    """
+    rng = random.Random(f"{split}/{index}/{'drill' if drill else 'scene'}")
     while True:
-        drawn = _attempt(rng, max_objects)
+        drawn = _attempt(rng, LAYOUTS[:1], marked=1.0) if drill else _attempt(rng, LAYOUTS, marked=0.5)
         if drawn is None:
             continue
         novel = any(held_out(o.shape, o.color, o.glyph) for o in drawn.objects)
@@ -87,11 +91,11 @@ def scene(split: str, index: int, max_objects: int = 6) -> Scene:
             return drawn
 
 
-def _attempt(rng: random.Random, max_objects: int) -> Scene | None:
-    columns, rows = rng.choice(LAYOUTS)
+def _attempt(rng: random.Random, layouts: Sequence[tuple[int, int]], marked: float) -> Scene | None:
+    columns, rows = rng.choice(layouts)
     width = round(columns * TILE * rng.uniform(0.86, 1.0))
     height = round(rows * TILE * rng.uniform(0.86, 1.0))
-    count = rng.randint(2, min(max_objects, MAX_OBJECTS[columns * rows]))
+    count = rng.randint(2, MAX_OBJECTS[columns * rows])
     names: set[tuple[str, str]] = set()
     glyphs = rng.sample(GLYPHS, count)
     placed: list[Object] = []
@@ -108,7 +112,7 @@ def _attempt(rng: random.Random, max_objects: int) -> Scene | None:
         if (shape, color) in names:
             return None
         names.add((shape, color))
-        placed.append(Object(shape, color, glyphs[i] if rng.random() < 0.5 else "", x, y, size))
+        placed.append(Object(shape, color, glyphs[i] if rng.random() < marked else "", x, y, size))
     grey = rng.randint(222, 250)
     background = tuple(max(0, min(255, grey + rng.randint(-8, 8))) for _ in range(3))
     placed.sort(key=lambda o: o.x)
@@ -128,7 +132,9 @@ def draw(picture: Scene) -> Image.Image:
             # A triangle and a star are wider below and in the middle: their letter sits where there is room.
             drop = 0.14 * item.size if item.shape == "triangle" else 0
             ink = (255, 255, 255) if dark else (0, 0, 0)
-            canvas.text((item.x, item.y + drop), item.glyph, fill=ink, font=font, anchor="mm", stroke_width=0.6, stroke_fill=ink)
+            canvas.text(
+                (item.x, item.y + drop), item.glyph, fill=ink, font=font, anchor="mm", stroke_width=0.6, stroke_fill=ink
+            )
     return image
 
 

@@ -4,7 +4,7 @@ Three stages, one schedule (measured on two CPU cores, see the README's table fo
 
 1. *tower*: the vision tower alone learns to label each patch with what the drawing knows of it: the object's shape, colour
    and letter, its rank from left to right and from top to bottom, its centre. Without this the language side does not bind
-   colour to shape in any affordable time.
+   colour to shape in any affordable time. Letters come last: "drills", one tile with a letter on every object, speed them up.
 2. *language*: questions and captions, the tower's labels kept as a second loss. All texts of one image ride in one
    sequence: they share the prompt's prefix and see neither each other nor the positions before theirs, so an image is
    encoded once for some ten texts. The tower sees real tiles only, which is fast and not yet what inference computes.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import time
@@ -72,9 +73,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and the log")
     parser.add_argument("--output", type=Path, required=True, help="folder the finished model is written to")
     parser.add_argument("--scenes", type=int, default=30_000, help="training scenes")
-    parser.add_argument("--tower-steps", type=int, default=5_000)
-    parser.add_argument("--language-steps", type=int, default=3_500)
-    parser.add_argument("--exact-steps", type=int, default=500)
+    parser.add_argument("--drills", type=int, default=12_000, help="training scenes of one tile, full of letters")
+    parser.add_argument("--tower-steps", type=int, default=4_900)
+    parser.add_argument("--language-steps", type=int, default=2_600)
+    parser.add_argument("--exact-steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -88,25 +90,28 @@ def main() -> None:
 
     began = time.time()
     train = [scene_picture(processor, "train", i, seed=options.seed) for i in range(options.scenes)]
+    drills = [scene_picture(processor, "train", i, seed=options.seed, drill=True) for i in range(options.drills)]
     # Never trained on, drawn by the training scenes' rules.
     validation = [scene_picture(processor, "train", 10_000_000 + i, seed=1) for i in range(200)]
     easy = easy_pictures(processor, "train")
-    print(f"{len(train)} scenes and {len(easy)} easy-VQA images in {time.time() - began:.0f} s", flush=True)
+    print(
+        f"{len(train)} scenes, {len(drills)} drills and {len(easy)} easy-VQA images in {time.time() - began:.0f} s", flush=True
+    )
 
     schedule = [stage for stage, n in steps.items() for _ in range(n)]
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    step = 0
+    done = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=options.device, weights_only=True)
         trainer.load_state_dict(state["trainer"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"continuing at step {step}", flush=True)
+        done = state["step"]
+        print(f"continuing at step {done}", flush=True)
 
-    sampler = Sampler(train, easy, options.seed)
+    sampler = Sampler(train, drills, easy, options.seed)
     sums: dict[str, list[float]] = defaultdict(list)
     clock = time.time()
-    for step in range(step, len(schedule)):
+    for step in range(done, len(schedule)):
         stage = schedule[step]
         rate = learning_rate(step, steps)
         for group in optimizer.param_groups:
@@ -145,12 +150,15 @@ def save(model: MllamaForConditionalGeneration, processor: MllamaProcessor, fold
     processor.save_pretrained(folder)
 
 
-def learning_rate(step: int, steps: dict[str, int], peak: float = 1.2e-3) -> float:
-    """Warm-up over 100 steps at the head of each stage; cosine over the tower stage, and over the two others together."""
+def learning_rate(step: int, steps: dict[str, int], peak: float = 9e-4) -> float:
+    """Warm-up over 100 steps at the head of the tower's stage and of the rest. The tower's rate then stays up until its last
+    fifth, as letters are learnt late; the rest's follows a cosine."""
     tower, rest = steps["tower"], steps["language"] + steps["exact"]
-    at, length, top = (step, tower, peak) if step < tower else (step - tower, rest, peak)
-    cosine = 0.5 * (1 + np.cos(np.pi * at / max(1, length)))
-    return top * min(1.0, (at + 1) / 100) * max(0.03 if step >= tower else 0.2, float(cosine))
+    if step < tower:
+        decay = min(1.0, max(0.1, (tower - step) / (0.2 * tower)))
+        return peak * min(1.0, (step + 1) / 100) * decay
+    at = step - tower
+    return peak * min(1.0, (at + 1) / 100) * max(0.03, 0.5 * (1 + math.cos(math.pi * at / max(1, rest))))
 
 
 def easy_vqa_texts() -> Iterator[str]:
@@ -168,8 +176,8 @@ def to_tiles(processor: MllamaProcessor, image: Image.Image, **how: object) -> t
     return out["pixel_values"][0, 0, : out["num_tiles"][0][0]].round().to(torch.uint8), int(out["aspect_ratio_ids"][0, 0])
 
 
-def scene_picture(processor: MllamaProcessor, split: str, index: int, seed: int) -> Picture:
-    scene = scenes.scene(split, index)
+def scene_picture(processor: MllamaProcessor, split: str, index: int, seed: int, drill: bool = False) -> Picture:
+    scene = scenes.scene(split, index, drill)
     tiles, ratio = to_tiles(processor, scenes.draw(scene))
     owner, _ = to_tiles(processor, scenes.owners(scene).convert("RGB"), resample=Image.Resampling.NEAREST)
     labels, centres = patch_labels(scene, owner[:, 0])
@@ -179,7 +187,9 @@ def scene_picture(processor: MllamaProcessor, split: str, index: int, seed: int)
 
 
 def patch_labels(scene: scenes.Scene, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels (T × 64, 5) and centres (T × 64, 2) of each patch from ``owner`` (T, 112, 112); patches barely touched are ignored."""
+    """Labels (T × 64, 5) and centres (T × 64, 2) of each patch; ``owner`` is (T, 112, 112).
+
+    Patches that an object barely touches are ignored."""
     side = PATCHES_PER_SIDE
     cut = owner.reshape(-1, side, PATCH, side, PATCH).permute(0, 1, 3, 2, 4).reshape(-1, PATCH * PATCH)
     covered = torch.stack([(cut == i).sum(-1) for i in range(len(scene.objects) + 1)], dim=-1)
@@ -216,8 +226,8 @@ def easy_pictures(processor: MllamaProcessor, split: str) -> list[Picture]:
 class Sampler:
     """Micro-batches of pictures with one tile count each, decided by the seed and the step alone."""
 
-    def __init__(self, train: list[Picture], easy: list[Picture], seed: int) -> None:
-        self.easy, self.seed = easy, seed
+    def __init__(self, train: list[Picture], drills: list[Picture], easy: list[Picture], seed: int) -> None:
+        self.drills, self.easy, self.seed = drills, easy, seed
         self.groups: dict[tuple[int, bool], list[Picture]] = defaultdict(list)
         for picture in train:
             self.groups[len(picture.tiles), False].append(picture)
@@ -229,8 +239,11 @@ class Sampler:
         few = stage == "language" and language_step < 500 and rng.random() < 0.7
         tiles = rng.choice((2, 3, 4))
         yield thinned(rng.sample(self.groups[tiles, few], BATCH[tiles]), rng)
-        ones = rng.sample(self.groups[1, few], BATCH[1] // 2)
-        yield thinned(ones if stage == "tower" else ones + rng.sample(self.easy, BATCH[1] // 2), rng)
+        if stage == "tower":
+            yield rng.sample(self.drills, 2 * BATCH[1])
+        else:
+            mix = ((self.groups[1, few], 6), (self.drills, 5), (self.easy, 9))
+            yield thinned([picture for pictures, count in mix for picture in rng.sample(pictures, count)], rng)
 
 
 def thinned(pictures: list[Picture], rng: random.Random, most: int = 6) -> list[Picture]:

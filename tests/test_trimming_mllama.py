@@ -252,7 +252,9 @@ def test_every_image_keeps_a_feature():
 
 def test_a_forward_without_masks_sees_every_feature():
     """With no mask and several rows, sdpa would go causal and silently cut the keys (mllama: is_causal)."""
-    inputs = {k: v for k, v in make_inputs([Row((4,), before=0)]).items() if k not in ("cross_attention_mask", "attention_mask")}
+    inputs = {
+        k: v for k, v in make_inputs([Row((4,), before=0)]).items() if k not in ("cross_attention_mask", "attention_mask")
+    }
     results = []
     for attention in ("sdpa", "eager"):
         model = tiny_model(attention=attention)
@@ -265,9 +267,14 @@ def test_a_forward_without_masks_sees_every_feature():
 def test_leaving_restores_the_model_also_after_an_exception():
     model, inputs = tiny_model(), make_inputs(BATCHES["mixed tiles"])
     before = model(**inputs).logits
-    with pytest.raises(RuntimeError, match="mid-way"), trim(model, TrimmedLlama(0.1)):
-        model(**inputs)
-        raise RuntimeError("mid-way")
+
+    def fail_inside() -> None:
+        with trim(model, TrimmedLlama(0.1)):
+            model(**inputs)
+            raise RuntimeError("mid-way")
+
+    with pytest.raises(RuntimeError, match="mid-way"):
+        fail_inside()
     assert torch.equal(model(**inputs).logits, before)
     assert not any("forward" in module.__dict__ for module in model.modules())
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
@@ -321,9 +328,10 @@ def test_misuse_is_refused():
         pass
     with trim(model, KeepAll()), pytest.raises(ValueError, match="already"), trim(model, KeepAll()):
         pass
-    with trim(model, Random(0.5)) as trimmed, pytest.raises(ValueError, match="2 ids for a batch of 1"):
+    with trim(model, Random(0.5)) as trimmed:
         trimmed.sample_ids = ["a", "b"]
-        model(**inputs)
+        with pytest.raises(ValueError, match="2 ids for a batch of 1"):
+            model(**inputs)
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, past_key_values=cache)
     with trim(model, KeepAll()):

@@ -102,7 +102,9 @@ def make_inputs(rows: list[Row], seed: int = 0, padding: str = "left") -> dict[s
     pads = [[PAD] * (length - len(p)) for p in prompts]
     left = padding == "left"
     ids = [[*pad, *p] if left else [*p, *pad] for p, pad in zip(prompts, pads, strict=True)]
-    attended = [[0] * len(pad) + [1] * len(p) if left else [1] * len(p) + [0] * len(pad) for p, pad in zip(prompts, pads, strict=True)]
+    attended = [
+        [0] * len(pad) + [1] * len(p) if left else [1] * len(p) + [0] * len(pad) for p, pad in zip(prompts, pads, strict=True)
+    ]
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(attended)}
     images = max(len(row.tiles) for row in rows)
     if not images:

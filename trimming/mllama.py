@@ -184,7 +184,9 @@ class _Surgery:
     ) -> tuple[Tensor, Tensor | None]:
         """``MllamaTextCrossAttention.forward`` over kept features; hidden_states is (B, Q, width)."""
         batch, length, _ = hidden_states.shape
-        query = module.q_norm(module.q_proj(hidden_states).view(batch, length, module.num_heads, module.head_dim).transpose(1, 2))
+        query = module.q_norm(
+            module.q_proj(hidden_states).view(batch, length, module.num_heads, module.head_dim).transpose(1, 2)
+        )
         if cross_attention_states is None:
             kept = self.filled.get(past_key_values)
             if kept is None:
@@ -212,7 +214,8 @@ class _Surgery:
         prefill = self.prefill
         assert prefill is not None
         if module.layer_idx != self.cross_layers[0].layer_idx:
-            assert prefill.kept is not None and prefill.states is not None
+            assert prefill.kept is not None
+            assert prefill.states is not None
             key, value = self.project(module, prefill.states)
             return *self.store(module, cache, key, value), self.trimmed_mask(prefill.kept, mask, query)
 
@@ -220,7 +223,8 @@ class _Surgery:
         prefill.valid = _valid_features(mask, rows, states)
         if self.policy.where == "features":
             self.decide(prefill, states, None)
-            assert prefill.kept is not None and prefill.states is not None
+            assert prefill.kept is not None
+            assert prefill.states is not None
             if cache is not None:
                 self.filled[cache] = prefill.kept
             key, value = self.project(module, prefill.states)

@@ -1,0 +1,49 @@
+# `make` or `make help` lists the targets. Everything runs in .venv, made on first use from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+OUTPUT ?= demo-output
+PYTEST_ARGS ?=
+
+# Ray's usage report would call home.
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo test lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
+
+.venv: .venv/.installed ## make the environment and install the project in it, editable, under constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
+	touch $@
+
+demo: demo-shards ## answer 2,000 easy-VQA questions and 500 scenes, full and trimmed, and print both summaries
+	$(BIN)/python -m demo.run --shards $(OUTPUT)/shards --output $(OUTPUT)/answers
+
+demo-shards: .venv ## write the demo's parquet shards
+	$(BIN)/python -m demo.shards --output $(OUTPUT)/shards --easy-vqa 2000 --scenes 500
+
+demo-table: .venv ## measure accuracy by kind, policy and kept fraction over the whole test data (an hour; resumable)
+	$(BIN)/python -m demo.table --output demo/results
+
+demo-picture: .venv ## draw the kept features over held-out scenes
+	$(BIN)/python -m demo.picture --output demo/results/kept-features.png
+
+train-demo: .venv ## train the demo model from scratch (an hour and more on CPU; resumable)
+	$(BIN)/python -m demo.train --work build/demo-train --output demo/model
+
+test: .venv ## run the test suite, offline and on CPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the demo's output and the caches, but neither the environment nor training checkpoints
+	rm -rf $(OUTPUT) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,0 +1,158 @@
+"""Draw which visual features stay: ``python -m demo.picture --output demo/results/kept-features.png``.
+
+One row a held-out scene (by default the first of each tile count): the scene as it is, then with the patches veiled that
+TrimmedLlama drops at each K, the model's caption under each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from demo import scenes, shards
+from demo.architecture import PATCH
+
+if TYPE_CHECKING:
+    from demo.answerer import Answered, Answerer
+
+ROOT = Path(__file__).resolve().parent.parent
+PER_SIDE = scenes.TILE // PATCH
+TOKENS = 1 + PER_SIDE**2
+"""Visual tokens of a tile: its class token, which is nowhere on the picture, then its patches by rows."""
+PANEL, GAP, LINE = 330, 18, 19
+INK, PAPER, VEIL, FAULT = (40, 40, 40), (255, 255, 255), (58, 62, 76, 205), (190, 30, 30)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--scenes", type=int, nargs="+", metavar="I", help="held-out scenes by index")
+    parser.add_argument("--k-ratio", type=float, nargs="+", metavar="K", default=[0.25, 0.05])
+    options = parser.parse_args(arguments)
+
+    from demo.answerer import Answerer
+
+    answerer = Answerer(options.model)
+    rows = [strip(answerer, i, options.k_ratio) for i in options.scenes or first_of_each_tile_count(answerer)]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    stacked(rows).save(options.output, optimize=True)
+    print(options.output)
+    return 0
+
+
+def first_of_each_tile_count(answerer: Answerer) -> list[int]:
+    found: dict[int, int] = {}
+    for index in range(1_000):
+        rows, columns = tile_grid(answerer, scenes.draw(scenes.scene("test", index)))
+        found.setdefault(rows * columns, index)
+        if len(found) == 4:
+            break
+    return [found[count] for count in sorted(found)]
+
+
+def strip(answerer: Answerer, index: int, k_ratios: Iterable[float]) -> Image.Image:
+    """One scene's row: its panels side by side."""
+    from trimming import KeepAll, TrimmedLlama
+
+    (row,) = next(iter(caption_rows(index)))
+    image = Image.open(io.BytesIO(row.image)).convert("RGB")
+    grid = tile_grid(answerer, image)
+    (full,) = answerer.answer([row], KeepAll())
+    tiles = grid[0] * grid[1]
+    title = f"{image.width} by {image.height} pixels, {tiles} tile{'s' if tiles > 1 else ''}: {row.question}"
+    panels = [panel(image, title, full)]
+    for k in k_ratios:
+        (answered,) = answerer.answer([row], TrimmedLlama(k_ratio=k))
+        veiled = veil(image, answered.trim.kept.tolist(), grid)
+        panels.append(panel(veiled, f"K = {k:g}: {answered.trim.keep_fraction:.0%} of the features kept", answered))
+    out = Image.new("RGB", (len(panels) * (PANEL + GAP) + GAP, max(p.height for p in panels)), PAPER)
+    for place, each in enumerate(panels):
+        out.paste(each, (GAP + place * (PANEL + GAP), 0))
+    return out
+
+
+def caption_rows(index: int) -> Iterator[list[shards.Row]]:
+    for number, rows in enumerate(shards.scene_rows("test", index + 1, ("caption",))):
+        if number == index:
+            yield rows
+
+
+def tile_grid(answerer: Answerer, image: Image.Image) -> tuple[int, int]:
+    """(rows, columns) of tiles, as the processor lays them out."""
+    from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+
+    processor = answerer.processor.image_processor
+    ratio = int(processor([[image]], return_tensors="pt")["aspect_ratio_ids"][0, 0])
+    rows, columns = get_all_supported_aspect_ratios(processor.max_image_tiles)[ratio - 1]
+    return rows, columns
+
+
+def patch_box(position: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Where visual token ``position`` lies on an image of ``size`` (width, height), in its pixels; None for a class token.
+
+    The processor fits the image into the canvas of ``grid`` tiles, at its top left, and pads it to the right and below; an
+    image smaller than the canvas but not than a tile keeps its size.
+    """
+    tile, token = divmod(position, TOKENS)
+    if token == 0:
+        return None
+    rows, columns = grid
+    fits = [min(max(side, scenes.TILE), tiles * scenes.TILE) / side for side, tiles in zip(size, (columns, rows), strict=True)]
+    scale = min(fits)
+    x = tile % columns * scenes.TILE + (token - 1) % PER_SIDE * PATCH
+    y = tile // columns * scenes.TILE + (token - 1) // PER_SIDE * PATCH
+    return x / scale, y / scale, (x + PATCH) / scale, (y + PATCH) / scale
+
+
+def veil(image: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
+    """``image``, four times as large, with every patch veiled whose feature is not in ``kept``."""
+    zoom = 4
+    large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).convert("RGBA")
+    layer = Image.new("RGBA", large.size, (0, 0, 0, 0))
+    canvas = ImageDraw.Draw(layer)
+    stays = set(kept)
+    for position in range(grid[0] * grid[1] * TOKENS):
+        box = patch_box(position, grid, image.size)
+        if box and position not in stays:
+            left, top, right, bottom = (round(zoom * edge) for edge in box)
+            if left < large.width and top < large.height:
+                canvas.rectangle((left, top, right - 1, bottom - 1), fill=VEIL)
+    return Image.alpha_composite(large, layer).convert("RGB")
+
+
+def panel(image: Image.Image, title: str, answered: Answered) -> Image.Image:
+    """The picture in a frame, its title above, the caption below: in red where it is not exact."""
+    ratio = min(PANEL / image.width, PANEL * 0.75 / image.height)
+    shown = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.LANCZOS)
+    lines = textwrap.wrap(answered.text or "(nothing)", width=44, max_lines=3)
+    out = Image.new("RGB", (PANEL, 2 * LINE + shown.height + 8 + LINE * len(lines)), PAPER)
+    canvas = ImageDraw.Draw(out)
+    font = ImageFont.load_default(size=14)
+    for number, line in enumerate(textwrap.wrap(title, width=48)[:2]):
+        canvas.text((0, number * (LINE - 2)), line, fill=INK, font=font)
+    out.paste(shown, (0, 2 * LINE))
+    canvas.rectangle((0, 2 * LINE, shown.width - 1, 2 * LINE + shown.height - 1), outline=(190, 190, 190))
+    for number, line in enumerate(lines):
+        canvas.text((0, 2 * LINE + shown.height + 6 + number * LINE), line, fill=INK if answered.right else FAULT, font=font)
+    return out
+
+
+def stacked(rows: Sequence[Image.Image]) -> Image.Image:
+    out = Image.new("RGB", (max(r.width for r in rows), sum(r.height + GAP for r in rows) + GAP), PAPER)
+    top = GAP
+    for each in rows:
+        out.paste(each, (0, top))
+        top += each.height + GAP
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
