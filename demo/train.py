@@ -18,6 +18,7 @@ seeded, writes a checkpoint every few minutes and continues from it when started
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -86,7 +87,6 @@ def main() -> None:
     trainer = Trainer(processor, options.seed, options.device)
     steps = {"tower": options.tower_steps, "language": options.language_steps, "exact": options.exact_steps}
     checkpoint = options.work / "checkpoint.pt"
-    log = (options.work / "log.jsonl").open("a", buffering=1)
 
     began = time.time()
     train = [scene_picture(processor, "train", i, seed=options.seed) for i in range(options.scenes)]
@@ -129,7 +129,8 @@ def main() -> None:
             record = {"step": step + 1, "of": len(schedule), "stage": stage, "s_per_step": (time.time() - clock) / 50, **means}
             if (step + 1) % 250 == 0 and stage != "tower":
                 record["validation"] = evaluate(trainer, validation, stage)
-            print(json.dumps(record), file=log)
+            with (options.work / "log.jsonl").open("a") as log:
+                print(json.dumps(record), file=log)
             print(json.dumps(record), flush=True)
             sums.clear()
             clock = time.time()
@@ -144,8 +145,6 @@ def main() -> None:
 
 def save(model: MllamaForConditionalGeneration, processor: MllamaProcessor, folder: Path) -> None:
     """bf16 safetensors (9.4 MB, as the published weights are bf16) with the processor beside them."""
-    import copy
-
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -357,7 +356,7 @@ class Trainer(nn.Module):
         owner = (torch.arange(len(packed), device=device)[:, None] * 100 + segment)[:, 1:][answer[:, 1:]]
         wrong = (logits.argmax(-1) != wanted).float()
         which, inverse = owner.unique(return_inverse=True)
-        hits = 1 - torch.zeros(len(which), device=device).index_reduce_(0, inverse, wrong, "amax")
+        hits = 1 - torch.zeros(len(which), device=device).scatter_reduce_(0, inverse, wrong, "amax")
         texts = [(int(w) // 100, pictures[int(w) // 100].texts[int(w) % 100 - 1][0]) for w in which]
         return each.mean(), hits, texts
 

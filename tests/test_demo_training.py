@@ -66,7 +66,6 @@ def run(monkeypatch: pytest.MonkeyPatch, work: Path, output: Path, *steps: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the log, which stays open until the script ends
 @pytest.mark.usefixtures("few_easy_pictures")
 def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: set[str], capsys: pytest.CaptureFixture[str]
