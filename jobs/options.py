@@ -69,7 +69,7 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
 
     try:
         plan = make_plan(config)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been started or written
         return refuse(made, error)
 
     from jobs import report
@@ -96,6 +96,8 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
 
 def refuse(made: ArgumentParser, error: Exception) -> int:
     """One line on stderr."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split())
+    if not said or not isinstance(error, ValueError | OSError | ArgumentError):
+        said = f"{type(error).__name__}: {said}"
     print(f"{made.prog}: {said}", file=sys.stderr)
     return REFUSED

@@ -18,11 +18,16 @@ def size(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
+def count(number: int, thing: str) -> str:
+    """E.g. ``1 row``, ``2,000 rows``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def heading(plan: Plan) -> str:
     config = plan.config
     options = "".join(f" {name}={value:g}" for name, value in config.policy_options.items())
     done = f", {len(plan.finished)} of them finished before" if plan.finished else ""
-    parts = f"{plan.rows:,} rows in {len(plan.shards)} shards, {len(plan.units)} units{done}"
+    parts = f"{count(plan.rows, 'row')} in {count(len(plan.shards), 'shard')}, {count(len(plan.units), 'unit')}{done}"
     return f"{parts}; {config.model}, {config.policy}{options}"
 
 
@@ -34,7 +39,7 @@ def dry_run(plan: Plan) -> str:
     lines = [
         heading(plan),
         f"input       {config.input}, {size(sum(s.size for s in plan.shards))}",
-        f"output      {config.output}, {len(plan.remaining)} files to write",
+        f"output      {config.output}, {count(len(plan.remaining), 'file')} to write",
         f"model       {plan.checkpoint.source} ({plan.checkpoint.identity})",
         f"actors      {config.num_actors}, each {config.cpus_per_actor:g} CPUs and {gpus}; batches of {config.batch_size}",
         f"columns     {columns or 'none'}",

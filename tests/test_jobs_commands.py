@@ -123,7 +123,7 @@ def test_another_runs_output_is_refused(shard: Path, checkpoint_folder: str, cap
 def test_dry_run_writes_nothing(shard: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer.main([*given(shard, checkpoint_folder), "--unit-rows", "4", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "6 rows in 1 shards, 2 units" in said
+    assert "6 rows in 1 shard, 2 units" in said
     assert "<|image|>how many" in said
     assert not (shard.parent / "out").exists()
     assert caption.main([*given(shard, checkpoint_folder), "--prompt", "what is this", "--dry-run"]) == 0

@@ -227,3 +227,13 @@ def test_stages_are_timed(checkpoint_folder: str, config: Any, picture: Callable
     engine.generate(make_prompts(engine, picture, [(100, 80)]))
     assert set(engine.seconds) == {"inputs", "prefill", "generation"}
     assert all(v > 0 for v in engine.seconds.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halved_weights(checkpoint_folder: str, config: Any, picture: Callable[..., bytes], dtype: str) -> None:
+    checkpoint = find_checkpoint(checkpoint_folder, None)
+    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    engine = Engine(model, load_processor(checkpoint), build_policy(config()), "meta", Decoding(max_new_tokens=3))
+    image, text = engine.generate(make_prompts(engine, picture, [(100, 80), None]))
+    assert image.cross_kv_bytes_full == 65 * 4 * (2 * 2 * 32 * 2)
+    assert text.self_kv_bytes == (text.prompt_tokens + text.output_tokens) * 4 * (2 * 2 * 32 * 2)
