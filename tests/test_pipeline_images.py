@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage
+import sklearn
 import torch
 from PIL import Image
 
@@ -192,8 +194,6 @@ def test_grids_are_rows_and_columns(checkpoint_folder: str, picture: Callable[..
 
 def test_real_photographs() -> None:
     """Every picture that scikit-image's and scikit-learn's wheels hold."""
-    skimage = pytest.importorskip("skimage")
-    sklearn = pytest.importorskip("sklearn")
     folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"]
     files = [f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in (".png", ".jpg", ".jpeg", ".gif", ".tif")]
     loaded = 0

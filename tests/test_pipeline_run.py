@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import skimage
+import sklearn
 
 from pipeline import graph
 from pipeline.cluster import fit
@@ -169,8 +171,6 @@ def test_s3(config: Any, shards: Path, tmp_path: Path, s3: dict[str, Any]) -> No
 
 
 def test_real_photographs_and_broken_files_lose_no_row(config: Any, tmp_path: Path) -> None:
-    skimage = pytest.importorskip("skimage")
-    sklearn = pytest.importorskip("sklearn")
     folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"]
     files = [f for folder in folders for f in sorted(folder.iterdir()) if f.is_file() and f.stat().st_size < 3_000_000]
     cells = [f.read_bytes() for f in files]
