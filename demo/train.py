@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--drills", type=int, default=12_000, help="training scenes of one tile, full of letters")
     parser.add_argument("--tower-steps", type=int, default=4_900)
     parser.add_argument("--language-steps", type=int, default=2_600)
-    parser.add_argument("--exact-steps", type=int, default=400)
+    parser.add_argument("--exact-steps", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -149,15 +149,14 @@ def save(model: MllamaForConditionalGeneration, processor: MllamaProcessor, fold
     processor.save_pretrained(folder)
 
 
-def learning_rate(step: int, steps: dict[str, int], peak: float = 9e-4) -> float:
-    """Warm-up over 100 steps at the head of the tower's stage and of the rest. The tower's rate then stays up until its last
-    fifth, as letters are learnt late; the rest's follows a cosine."""
-    tower, rest = steps["tower"], steps["language"] + steps["exact"]
+def learning_rate(step: int, steps: dict[str, int]) -> float:
+    """Each stage warms up over 100 steps. The tower's rate then stays up until its last fifth, as letters are learnt late; the
+    others' follow cosines, the last from lower, as it only has to make room for padding tiles."""
+    tower, language, exact = steps.values()
     if step < tower:
-        decay = min(1.0, max(0.1, (tower - step) / (0.2 * tower)))
-        return peak * min(1.0, (step + 1) / 100) * decay
-    at = step - tower
-    return peak * min(1.0, (at + 1) / 100) * max(0.03, 0.5 * (1 + math.cos(math.pi * at / max(1, rest))))
+        return 9e-4 * min(1.0, (step + 1) / 100) * min(1.0, max(0.1, (tower - step) / (0.2 * tower)))
+    at, length, peak = (step - tower, language, 9e-4) if step < tower + language else (step - tower - language, exact, 3e-4)
+    return peak * min(1.0, (at + 1) / 100) * max(0.03, 0.5 * (1 + math.cos(math.pi * at / length)))
 
 
 def easy_vqa_texts() -> Iterator[str]:

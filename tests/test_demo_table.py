@@ -73,6 +73,7 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert report["conditions"]["dtype"] == "float32"
     page = (tmp_path / "results/accuracy.md").read_text()
     assert "| color | 4 | 100.0 |" in page
+    assert "| all but captions | 20 | 20.0 |" in page
     assert "| features kept |  | 100.0 | 50.0 |" in page
     assert "- full: caption 0.0, count 0.0, letter 0.0, position 0.0, shape 0.0" in page
 
