@@ -102,10 +102,11 @@ def test_keeping_everything_equals_the_untouched_model_bit_for_bit(batch, paddin
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("rows", ["meta", "transformers"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_trimming_equals_masking(batch, padding, rows, policy):
+def test_trimming_equals_masking(batch, padding, rows, attention, policy):
     inputs = make_inputs(BATCHES[batch], padding=padding)
-    model = tiny_model(attention="sdpa")
+    model = tiny_model(attention=attention)
     with trim(model, policy, rows=rows) as trimmed:
         tokens, logits = decode(model, inputs)
         samples = trimmed.samples
