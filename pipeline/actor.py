@@ -8,48 +8,25 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipeline import images, metrics, schema
+from pipeline import images, schema
 from pipeline.config import RunConfig
 from pipeline.model import Checkpoint
+from pipeline.rows import Row, pack, tally
 from pipeline.schema import Columns
 from pipeline.source import READ_SECONDS, block_rows
 
 if TYPE_CHECKING:
-    from pipeline.engine import Answer, Engine
+    from pipeline.engine import Engine
 
 Seconds = defaultdict[str, float]
 """Seconds by stage."""
 
 DECODERS = 4
 """Threads that decode images, at most; never more than the machine's cores."""
-
-
-@dataclass(slots=True)
-class Row:
-    """One row on its way. Exactly one of ``answer`` and ``error`` is set in the end."""
-
-    id: str
-    count: int
-    """Images in the cell, broken ones among them."""
-    files: list[bytes]
-    tokens: list[int] = field(default_factory=list)
-    tiles: int = 0
-    images: list[images.Tiles] = field(default_factory=list)
-    """Real tiles, from decoding until the row is answered."""
-    grids: list[tuple[int, int]] = field(default_factory=list)
-    answer: Answer | None = None
-    error: str | None = None
-    digest: str | None = None
-
-    def fail(self, error: Exception | str) -> None:
-        """Marks the row as failed; its error reads in one line."""
-        said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        self.error = " ".join(said.split())[:500]
 
 
 class Answerer:
@@ -121,8 +98,16 @@ class Answerer:
         loading, self.load_seconds = self.load_seconds, None
         if loading is not None:
             seconds["load"] = loading
-        output = self._pack(packed, rows)
-        stats = json.dumps(self._stats(packed, rows, seconds))
+        output = pack(rows, packed, self.columns, self.config.write_kept)
+        stats = json.dumps(
+            {
+                **tally(rows, packed, self.columns),
+                "seconds": dict(seconds),
+                "device": _device_name(self.engine),
+                "dtype": str(self.engine.model.dtype).removeprefix("torch."),
+                "peak_memory_bytes": _peak_memory(self.engine),
+            }
+        )
         listed = pa.LargeListArray.from_arrays(pa.array([0, len(output)], pa.int64()), output)
         return pa.table({schema.UNIT: pa.array([name]), schema.ROWS: listed, schema.STATS: pa.array([stats])})
 
@@ -242,52 +227,6 @@ class Answerer:
         taken = dict(self.engine.seconds)
         self.engine.seconds.clear()
         return taken
-
-    # ---- rows out ---------------------------------------------------------------------------------------------------------
-
-    def _pack(self, packed: pa.StructArray, rows: Sequence[Row]) -> pa.StructArray:
-        fields = self.columns.output(self.config.write_kept)
-        passed = [packed.field(name) for name in self.columns.types.names]
-        records = [_record(row) for row in rows]
-        own = [pa.array([record[f.name] for record in records], f.type) for f in list(fields)[len(passed) :]]
-        return pa.StructArray.from_arrays([*passed, *own], fields=list(fields))
-
-    def _stats(self, packed: pa.StructArray, rows: Sequence[Row], seconds: Seconds) -> dict[str, Any]:
-        """What a run's summary adds up, for one unit."""
-        answers = [row.answer for row in rows if row.answer is not None]
-        fractions = [a.keep_fraction for a in answers if a.keep_fraction is not None]
-        stats: dict[str, Any] = {
-            "rows": len(rows),
-            "errors": sum(row.error is not None for row in rows),
-            "images": sum(row.count for row in rows if row.answer is not None),
-            "tiles": sum(row.tiles for row in rows if row.answer is not None),
-            "keep_fraction_sum": sum(fractions),
-            "keep_fraction_rows": len(fractions),
-            "seconds": dict(seconds),
-            "device": _device_name(self.engine),
-            "dtype": str(self.engine.model.dtype).removeprefix("torch."),
-            "peak_memory_bytes": _peak_memory(self.engine),
-        }
-        for name in ("prompt_tokens", "output_tokens", "cross_kv_bytes_full", "cross_kv_bytes", "self_kv_bytes"):
-            stats[name] = sum(getattr(answer, name) for answer in answers)
-        if self.columns.answer_output:
-            truths = packed.field(self.columns.answer_output).to_pylist()
-            judged = [(row.answer.text if row.answer else None, truth) for row, truth in zip(rows, truths, strict=True)]
-            judged = [pair for pair in judged if pair[1] is not None]
-            stats["judged"] = len(judged)
-            stats["correct"] = sum(metrics.exact(text, truth) for text, truth in judged)
-        return stats
-
-
-def _record(row: Row) -> dict[str, Any]:
-    """The row's own output columns."""
-    record: dict[str, Any] = dict.fromkeys(f.name for f in schema.OUTPUT_FIELDS + schema.KEPT_FIELDS)
-    record |= {schema.ID: row.id, schema.IMAGES: row.count, schema.IMAGE_DIGEST: row.digest}
-    if row.answer is None:
-        return record | {schema.FINISH_REASON: "error", schema.ERROR: row.error or "never answered"}
-    answer = {name: getattr(row.answer, name) for name in row.answer.__slots__}
-    grid = [{"columns": columns, "rows": rows} for rows, columns in row.grids]
-    return record | answer | {"tiles": row.tiles, schema.TILE_GRID: grid}
 
 
 def _cores() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Job = Literal["answer", "caption"]
@@ -184,8 +184,3 @@ class RunConfig:
         """The part of ``recorded`` that two runs must share to write into one folder, input and model apart."""
         values = self.recorded()
         return {name: values[name] for name in _DECIDES}
-
-
-def field_names() -> tuple[str, ...]:
-    """Names of all fields, in order."""
-    return tuple(f.name for f in fields(RunConfig))
