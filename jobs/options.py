@@ -77,12 +77,13 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
     if dry_run:
         print(report.dry_run(plan))
         return 0
-    from pipeline import graph
+    from pipeline import cluster, graph
 
     print(report.heading(plan), file=sys.stderr, flush=True)
     try:
         summary = graph.run(plan)
-    except ValueError as error:
+    except cluster.TooSmallError as error:
+        # No wider: what Ray raises for a task's ValueError, in the middle of a run, is a ValueError too.
         return refuse(made, error)
     except KeyboardInterrupt:
         print("stopped; the same command continues this run", file=sys.stderr)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pipeline.plan import Plan
 
+# The line of a traceback that names the exception.
+_NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception): ")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -95,5 +98,8 @@ def cause(error: BaseException) -> str:
     # An actor's exception comes wrapped in Ray's own, whose text is one traceback after another, the innermost first.
     first = str(error).split("The above exception was the direct cause")[0]
     lines = [line.strip() for line in first.splitlines() if line.strip()] or ["no message"]
-    said = lines[-1] if isinstance(error, RayError) else f"{type(error).__name__}: {' '.join(lines)}"
-    return said[:500]
+    if not isinstance(error, RayError):
+        return f"{type(error).__name__}: {' '.join(lines)}"[:500]
+    # Ray Data adds advice on retries to the exception's own words, on lines below them.
+    named = [line for line in lines if _NAMED.match(line)]
+    return (named or lines)[-1][:500]

@@ -13,6 +13,10 @@ from typing import Any
 from pipeline.config import RunConfig
 
 
+class TooSmallError(ValueError):
+    """The run does not fit on the cluster; nothing has been written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What one actor takes, once the cluster is known."""
@@ -66,20 +70,20 @@ def _no_native_stderr() -> Iterator[None]:
 
 
 def fit(config: RunConfig) -> Resources:
-    """What each actor takes of the connected cluster. Raises ``ValueError``, with the arithmetic, where they don't fit."""
+    """What each actor takes of the connected cluster. Raises ``TooSmallError``, with the arithmetic, where they don't fit."""
     import ray
 
     there = ray.cluster_resources()
     cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
     each = Resources(config.cpus_per_actor, (1.0 if gpus else 0.0) if config.gpus_per_actor is None else config.gpus_per_actor)
     if config.num_actors * each.gpus > gpus:
-        raise ValueError(
+        raise TooSmallError(
             f"num_actors={config.num_actors} × gpus_per_actor={each.gpus:g} = {config.num_actors * each.gpus:g} GPUs, "
             f"and the cluster has {gpus:g}; lower one of them"
         )
     taken = config.num_actors * each.cpus
     if taken + 1 > cpus:
-        raise ValueError(
+        raise TooSmallError(
             f"num_actors={config.num_actors} × cpus_per_actor={each.cpus:g} = {taken:g} CPUs, and one more to read and write, "
             f"but the cluster has {cpus:g}; lower one of them"
         )

@@ -14,7 +14,7 @@ from pipeline.plan import Plan
 def run(plan: Plan) -> dict[str, Any]:
     """Does what is left of ``plan`` and returns its summary; a finished run is not touched.
 
-    Raises ``ValueError`` where the cluster is too small, before anything is written; Ray's exceptions where the run broke off.
+    Raises ``cluster.TooSmallError`` before anything is written; Ray's exceptions where the run broke off.
     """
     summary = record.read_summary(plan.output) if plan.begun and not plan.remaining else None
     if summary is not None:

@@ -18,6 +18,7 @@ import pytest
 
 from jobs import answer, caption, report
 from jobs.options import field_docs
+from pipeline import plan
 from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +164,26 @@ def test_the_summary_in_words() -> None:
     assert "accuracy            50.0% of 2" in said
     assert "accuracy" not in report.table(summary | {"accuracy": None}, "out")
     assert [report.size(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3.0 GiB"]
+
+
+@pytest.mark.ray
+def test_a_run_that_breaks_off_is_no_refusal(
+    shard: Path, checkpoint_folder: str, ray_cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard that shrinks between planning and reading raises a ValueError in a task, once the run has begun."""
+    look = plan.make_plan
+
+    def look_then_shrink(config: RunConfig) -> plan.Plan:
+        made = look(config)
+        pq.write_table(pq.read_table(shard).slice(0, 2), shard)
+        return made
+
+    monkeypatch.setattr(plan, "make_plan", look_then_shrink)
+    assert answer.main(given(shard, checkpoint_folder)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the run broke off" in last
+    assert "has changed" in last
+    assert (shard.parent / "out/.run/run.json").exists()
 
 
 @pytest.mark.ray
