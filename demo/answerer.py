@@ -19,6 +19,8 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from demo.shards import Row
+from pipeline.images import Tiler
+from pipeline.prompts import Prompter
 from trimming import Policy, SampleTrim, trim
 
 MAX_NEW_TOKENS = 40
@@ -43,11 +45,11 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.processor.tokenizer.padding_side = "left"
         self.model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.prompter, self.tiler = Prompter(self.processor), Tiler(self.processor)
         self.tower = _RememberingTower(self.model.model.vision_model)
 
     def prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.prompter.text(question, images=1)
 
     @torch.inference_mode()
     def answer(self, rows: list[Row], policy: Policy) -> list[Answered]:

@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def first_of_each_tile_count(answerer: Answerer) -> list[int]:
     found: dict[int, int] = {}
     for index in range(1_000):
-        rows, columns = tile_grid(answerer, scenes.draw(scenes.scene("test", index)))
-        found.setdefault(rows * columns, index)
+        tiles = answerer.tiler.tile_count(*scenes.draw(scenes.scene("test", index)).size)
+        found.setdefault(tiles, index)
         if len(found) == 4:
             break
     return [found[count] for count in sorted(found)]
@@ -64,7 +64,7 @@ def strip(answerer: Answerer, index: int, k_ratios: Iterable[float]) -> Image.Im
 
     (row,) = next(iter(caption_rows(index)))
     image = Image.open(io.BytesIO(row.image)).convert("RGB")
-    grid = tile_grid(answerer, image)
+    grid = answerer.tiler(image).grid
     (full,) = answerer.answer([row], KeepAll())
     tiles = grid[0] * grid[1]
     title = f"{image.width} by {image.height} pixels, {tiles} tile{'s' if tiles > 1 else ''}: {row.question}"
@@ -83,16 +83,6 @@ def caption_rows(index: int) -> Iterator[list[shards.Row]]:
     for number, rows in enumerate(shards.scene_rows("test", index + 1, ("caption",))):
         if number == index:
             yield rows
-
-
-def tile_grid(answerer: Answerer, image: Image.Image) -> tuple[int, int]:
-    """(rows, columns) of tiles, as the processor lays them out."""
-    from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
-
-    processor = answerer.processor.image_processor
-    ratio = int(processor([[image]], return_tensors="pt")["aspect_ratio_ids"][0, 0])
-    rows, columns = get_all_supported_aspect_ratios(processor.max_image_tiles)[ratio - 1]
-    return rows, columns
 
 
 def patch_box(position: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float] | None:
