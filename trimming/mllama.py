@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import eager_attention_forward
 
 from trimming.attention import summed_attention
+from trimming.costs import Geometry
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import ragged_index
@@ -118,7 +119,6 @@ class _Surgery:
         self.trimmed = Trimmed()
         layers = model.model.language_model.layers
         self.cross_layers = [layers[i] for i in model.config.text_config.cross_attention_layers]
-        self.self_layers = len(layers) - len(self.cross_layers)
         self.forward_signature = inspect.signature(model.model.forward)
         self.prefill: _Prefill | None = None
         # Which caches this context has filled, and what they hold; a cache that dies takes its entry along.
@@ -303,27 +303,15 @@ class _Surgery:
         return tuple(i for i in ids for _ in range(batch // len(ids)))
 
     def records(self, prefill: _Prefill) -> list[SampleTrim]:
-        config = self.model.config.text_config
-        width = config.hidden_size // config.num_attention_heads
-        element = self.cross_layers[0].cross_attn.k_norm.weight.element_size()
-        layer_bytes = 2 * config.num_key_value_heads * width * element
-        cross, own = layer_bytes * len(self.cross_layers), layer_bytes * self.self_layers
+        geometry = Geometry.of(self.model.config)
+        itemsize = self.cross_layers[0].cross_attn.k_norm.weight.element_size()
         none = torch.zeros(prefill.batch, 0, dtype=torch.bool)
         valid = none if prefill.valid is None else prefill.valid.cpu()
         keep = none if prefill.keep is None else prefill.keep.cpu()
-        allocated = 0 if prefill.kept is None else prefill.kept.index.shape[1] * cross
-        counts = zip(valid.sum(-1).tolist(), (keep & valid).sum(-1).tolist(), prefill.prompt_tokens, strict=True)
+        allocated = 0 if prefill.kept is None else prefill.kept.index.shape[1] * geometry.cross_kv_bytes(itemsize)
         return [
-            SampleTrim(
-                visual_tokens=there,
-                kept_visual_tokens=stayed,
-                kept=keep[row].nonzero()[:, 0],  # type: ignore[arg-type]
-                cross_kv_bytes_full=there * cross,
-                cross_kv_bytes=stayed * cross,
-                cross_kv_bytes_allocated=allocated,
-                self_kv_bytes=prompt * own,
-            )
-            for row, (there, stayed, prompt) in enumerate(counts)
+            SampleTrim.of(valid[row], keep[row], prompt, geometry, itemsize, allocated)
+            for row, prompt in enumerate(prefill.prompt_tokens)
         ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import LongTensor
+from torch import LongTensor, Tensor
+
+from trimming.costs import Geometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,3 +36,19 @@ class SampleTrim:
     def keep_fraction(self) -> float | None:
         """Kept share of the valid features; None without any."""
         return self.kept_visual_tokens / self.visual_tokens if self.visual_tokens else None
+
+    @classmethod
+    def of(
+        cls, valid: Tensor, keep: Tensor, prompt_tokens: int, geometry: Geometry, itemsize: int, allocated: int
+    ) -> SampleTrim:
+        """The record of a sample whose valid and kept positions are (N,) bool; numbers in the cache have ``itemsize`` bytes."""
+        there, stayed, cross = int(valid.sum()), int((keep & valid).sum()), geometry.cross_kv_bytes(itemsize)
+        return cls(
+            visual_tokens=there,
+            kept_visual_tokens=stayed,
+            kept=keep.nonzero()[:, 0],  # type: ignore[arg-type]
+            cross_kv_bytes_full=there * cross,
+            cross_kv_bytes=stayed * cross,
+            cross_kv_bytes_allocated=allocated,
+            self_kv_bytes=prompt_tokens * geometry.self_kv_bytes(itemsize),
+        )

@@ -1,0 +1,77 @@
+"""The decode step that CUDA graphs capture: kernel by kernel in Triton's interpreter, and as graphs where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, make_inputs, tiny_model
+
+from trimming import KeepAll, Policy, TrimmedLlama
+from trimming.engine import Engine, Image, Request, scheduler
+from trimming.engine.cuda import GraphDecode, buckets
+from trimming.engine.decode import Decode
+
+BATCH = [*BATCHES["mixed tiles"], *BATCHES["text-only among images"], *BATCHES["several images"]]
+
+
+def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") -> list[list[int]]:
+    """Tokens of nine rows of 2 to 10 tokens in three slots, on the decode step given or on the device's own."""
+    model = tiny_model().to(device)
+    inputs = make_inputs(BATCH)
+    requests = []
+    for i, row in enumerate(BATCH):
+        tokens = inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist()
+        assert tokens.count(IMAGE) == len(row.tiles)
+        assert PAD not in tokens
+        pictures = [
+            Image(f"{i}-{j}", inputs["pixel_values"][i, j, :tiles], RATIO_OF_TILES[tiles]) for j, tiles in enumerate(row.tiles)
+        ]
+        requests.append(Request(id=str(i), tokens=tokens, images=pictures, max_new_tokens=2 + i))
+    chosen = scheduler._decode_for
+    if decode is not None:
+        made = (lambda *parts: GraphDecode(*parts, capture=False)) if decode is GraphDecode else (lambda *p: Decode(*p[:3]))
+        scheduler._decode_for = made
+    try:
+        engine = Engine(model, policy, normalise=lambda pixels: pixels.to(device), eos=(), kv_bytes=1 << 22, max_sequences=3)
+        return [completion.tokens for completion in engine.generate(requests)]
+    finally:
+        scheduler._decode_for = chosen
+
+
+def main() -> None:
+    for policy in (KeepAll(), TrimmedLlama(k_ratio=0.2)):
+        plain, static = answers(policy, Decode), answers(policy, GraphDecode)
+        assert plain == static, f"{policy}: {plain} {static}"
+
+
+@pytest.mark.slow
+def test_the_static_step_says_what_the_plain_one_does() -> None:
+    """Nine rows through three slots: padding rows, leaving and moving in, rows without an image."""
+    pytest.importorskip("triton")
+    # Triton decides at its import whether it interprets.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, Path(__file__)], env=environment, check=True, timeout=300)
+
+
+def test_buckets_reach_the_most() -> None:
+    assert buckets(1) == [1]
+    assert buckets(5) == [1, 2, 4, 5]
+    assert buckets(70)[-3:] == [56, 64, 70]
+    assert all(a < b for a, b in zip(buckets(3000), buckets(3000)[1:], strict=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.2)], ids=["all", "trimmed"])
+def test_graphs_say_what_the_cpu_does(policy: Policy) -> None:
+    # The engine chooses graphs by itself there.
+    assert answers(policy, None, "cuda") == answers(policy, Decode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Decode on CUDA: the whole step is one captured graph for each of a few batch sizes.
+
+A graph replays fixed kernels over fixed addresses, so whatever changes from step to step lives in tensors made once: tokens,
+positions, and where each row's keys and values lie. A batch is padded to the next captured size with rows that attend to
+nothing and write to a scratch place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import MllamaForConditionalGeneration
+
+from trimming.engine.decode import Decode
+from trimming.engine.layers import Rotary, cross_queries, norm, self_projections, self_queries
+from trimming.engine.memory import Memory, Segment
+
+Attend = Callable[..., Tensor]
+
+_MAX_POSITIONS = 8192
+"""Rotary tables begin with as many rows; a longer sequence makes them anew, and the graphs with them."""
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes to capture: dense where a step's time grows with every row, sparse above."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 4096, 128)]
+    return [size for size in sizes if size < most] + [most]
+
+
+class GraphDecode(Decode):
+    """``Decode`` with static shapes.
+
+    Args:
+        most: rows of the largest batch.
+        capture: whether to capture; without, the same step runs kernel by kernel, as tests on a CPU do.
+    """
+
+    def __init__(
+        self, model: MllamaForConditionalGeneration, memory: Memory, rotary: Rotary, most: int, capture: bool = True
+    ) -> None:
+        # Triton comes with CUDA builds of torch only.
+        from trimming.engine.triton_attention import Workspace, pick_splits, ragged_decode_attention
+
+        super().__init__(model, memory, rotary)
+        self.attend: Attend = ragged_decode_attention
+        self.capture = capture
+        geometry, device = memory.geometry, model.device
+        self.buckets = buckets(most)
+        # Input of the step, a row a sequence. ``alive`` is 1 for rows that are no padding.
+        self.input = torch.zeros(most, dtype=torch.long, device=device)
+        self.place = torch.zeros(most, dtype=torch.long, device=device)
+        self.alive = torch.zeros(most, dtype=torch.long, device=device)
+        self.sees = torch.zeros(most, 1, dtype=model.dtype, device=device)
+        self.self_start = torch.zeros(most, dtype=torch.long, device=device)
+        self.self_stride = torch.zeros(most, dtype=torch.long, device=device)
+        self.self_layer = torch.zeros(2 * geometry.self_layers, 1, dtype=torch.long, device=device)
+        """Where a layer's keys or values lie in a slot."""
+        self.cross = torch.zeros(4, geometry.cross_layers, most, dtype=torch.long, device=device)
+        """Offsets of keys and of values, and their strides from head to head; see ``_places``."""
+        self.cross_length = torch.zeros(geometry.cross_layers, most, dtype=torch.int32, device=device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        images = model.config.vision_config.max_num_tiles * model.model.vision_model.num_patches
+        self.splits = {b: pick_splits(b, geometry.kv_heads, processors, images) for b in self.buckets}
+        room = max(bucket * splits for bucket, splits in self.splits.items())
+        self.workspace = Workspace.allocate(room, geometry.heads, geometry.head_dim, device)
+        self.columns = torch.arange(geometry.head_dim, device=device)
+        self.heads = torch.arange(geometry.kv_heads, device=device)[:, None]
+        self.graphs: dict[int, tuple[Any, Tensor]] = {}
+        self.pool: Any = None
+        rotary.grow(
+            min(_MAX_POSITIONS, model.config.text_config.max_position_embeddings),
+            torch.zeros(1, dtype=model.dtype, device=device),
+        )
+
+    def step(self) -> Tensor:
+        """Logits (B, V) of each sequence's next token, which the next step overwrites."""
+        count = len(self.running)
+        bucket = next(b for b in self.buckets if b >= count)
+        if max(self.positions) >= len(self.rotary.cos):
+            self.rotary.grow(max(self.positions) + 1, self.rotary.cos)
+            self.graphs.clear()
+        if self.changed:
+            self._upload()
+            self.changed = False
+        self.input[:count] = self.tokens
+        logits = self._replay(bucket) if self.capture else self._forward(bucket)
+        return logits[:count]
+
+    def _upload(self) -> None:
+        """Tells the device which rows run and where their keys and values lie."""
+        memory, most = self.memory, len(self.input)
+        geometry, capacity = memory.geometry, memory.capacity
+        count, width = len(self.running), geometry.head_dim
+        rest = most - count
+        self.place.copy_(torch.tensor(self.positions + [0] * rest))
+        self.alive.copy_(torch.tensor([1] * count + [0] * rest))
+        starts = [slot * memory.slot_elements for slot in range(count)] + [memory.scratch] * rest
+        self.self_start.copy_(torch.tensor(starts))
+        self.self_stride.copy_(torch.tensor([capacity * width] * count + [width] * rest))
+        one = geometry.kv_heads * capacity * width
+        self.self_layer.copy_((torch.arange(2 * geometry.self_layers) * one)[:, None])
+        # One tensor from plain lists: this runs whenever a sequence joins or leaves.
+        nowhere = [[0] * 5] * geometry.cross_layers
+        places = torch.tensor([_places(sequence.segment) if sequence.segment else nowhere for sequence in self.running])
+        places = F.pad(places, (0, 0, 0, 0, 0, rest)).permute(2, 1, 0)
+        self.cross.copy_(places[:4])
+        self.cross_length.copy_(places[4])
+        self.sees.copy_(places[4].any(0)[:, None])
+
+    def _replay(self, bucket: int) -> Tensor:
+        if bucket not in self.graphs:
+            # Once plainly, since a first call compiles and allocates; the keys and values it writes are written again.
+            place = self.place.clone()
+            self._forward(bucket)
+            self.place.copy_(place)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                logits = self._forward(bucket)
+            self.pool = graph.pool()
+            self.graphs[bucket] = (graph, logits)
+        graph, logits = self.graphs[bucket]
+        graph.replay()
+        return logits
+
+    def _forward(self, bucket: int) -> Tensor:
+        states = self.text.embed_tokens(self.input[:bucket])
+        place = self.place[:bucket]
+        cos, sin = self.rotary.at(place)
+        length = ((place + 1) * self.alive[:bucket]).int()
+        # Padding has no room but for one row, which all of it shares.
+        row = self.self_start[:bucket, None, None] + self.heads * self.self_stride[:bucket, None, None]
+        row = row + (place * self.alive[:bucket])[:, None, None] * len(self.columns) + self.columns
+        own = crossed = 0
+        for layer, is_cross in zip(self.text.layers, self.is_cross, strict=True):
+            if is_cross:
+                states = self._graph_cross(layer, crossed, states, bucket)
+                crossed += 1
+            else:
+                states = self._graph_self(layer, own, states, (cos, sin), row, length, bucket)
+                own += 1
+        self.place += self.alive
+        logits: Tensor = self.model.lm_head(norm(self.text.norm, states))
+        return logits
+
+    def _graph_self(
+        self, layer: Any, index: int, states: Tensor, rotary: tuple[Tensor, Tensor], row: Tensor, length: Tensor, bucket: int
+    ) -> Tensor:
+        attention, flat = layer.self_attn, self.memory.flat
+        normed = norm(layer.input_layernorm, states)
+        query = self_queries(attention, normed, *rotary)
+        key, value = self_projections(attention, normed, *rotary)
+        key_layer, value_layer = self.self_layer[2 * index], self.self_layer[2 * index + 1]
+        live = self.alive[:bucket]
+        flat[row + key_layer * live[:, None, None]] = key
+        flat[row + value_layer * live[:, None, None]] = value
+        start, stride = self.self_start[:bucket], self.self_stride[:bucket]
+        places = (start + key_layer * live, start + value_layer * live, stride, stride)
+        states = states + attention.o_proj(self._attend(query, places, length, attention.scaling, bucket))
+        forward: Tensor = layer.mlp(norm(layer.post_attention_layernorm, states))
+        return states + forward
+
+    def _graph_cross(self, layer: Any, index: int, states: Tensor, bucket: int) -> Tensor:
+        attention = layer.cross_attn
+        query = cross_queries(attention, norm(layer.input_layernorm, states))
+        # Keys, values, and their strides from head to head.
+        places = tuple(self.cross[i, index, :bucket] for i in range(4))
+        length, sees = self.cross_length[index, :bucket], self.sees[:bucket]
+        attended = attention.o_proj(self._attend(query, places, length, attention.scaling, bucket))
+        states = states + layer.cross_attn_attn_gate.tanh() * attended * sees
+        forward = layer.mlp(norm(layer.post_attention_layernorm, states))
+        return states + layer.cross_attn_mlp_gate.tanh() * forward * sees
+
+    def _attend(self, query: Tensor, places: tuple[Tensor, ...], length: Tensor, scaling: float, bucket: int) -> Tensor:
+        """(B, heads × D)."""
+        geometry = self.memory.geometry
+        attended = self.attend(
+            query,
+            self.memory.flat,
+            *places,
+            length,
+            geometry.kv_heads,
+            geometry.head_dim,
+            scaling,
+            self.workspace,
+            self.splits[bucket],
+        )
+        return attended.flatten(1)
+
+
+def _places(segment: Segment) -> list[list[int]]:
+    """Of each cross-attention layer: offsets of keys and of values, their strides from head to head, and rows."""
+    return [
+        [extent.key, extent.value, extent.rows * extent.key_width, extent.rows * extent.value_width, extent.rows]
+        for extent in segment.layers
+    ]

@@ -1,0 +1,74 @@
+"""Pieces of the language model's layers that prefill and decode have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Rotary:
+    """Rotary position embeddings, tabulated for as many positions as were ever asked for."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.cos = self.sin = torch.empty(0)
+
+    def grow(self, positions: int, like: Tensor) -> None:
+        """Tables of at least ``positions`` rows, in ``like``'s dtype and on its device."""
+        if positions <= len(self.cos):
+            return
+        count = -(-positions // 256) * 256
+        cos, sin = self.module(like, torch.arange(count, device=like.device)[None])
+        half = cos.shape[-1] // 2
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, these for ``rotate``, (n, 1, head_dim) of positions (n,)."""
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (n, heads, head_dim). The two halves of a head's channels are pairs, as transformers has them; the
+    first half's sines come negated."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
+
+
+def norm(module: Any, states: Tensor) -> Tensor:
+    """``MllamaTextRMSNorm`` in one kernel."""
+    return F.rms_norm(states, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def self_queries(attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated queries (n, heads, D) of a self-attention layer, of normed states (n, width)."""
+    return rotate(attention.q_proj(states).unflatten(-1, (-1, attention.head_dim)), cos, sin)
+
+
+def self_projections(attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values (n, KV, D) of a self-attention layer, of normed states (n, width)."""
+    key = rotate(attention.k_proj(states).unflatten(-1, (-1, attention.head_dim)), cos, sin)
+    return key, attention.v_proj(states).unflatten(-1, (-1, attention.head_dim))
+
+
+def cross_queries(attention: Any, states: Tensor) -> Tensor:
+    """Queries (n, heads, D) of a cross-attention layer, of normed states (n, width)."""
+    return norm(attention.q_norm, attention.q_proj(states).unflatten(-1, (-1, attention.head_dim)))
+
+
+def cross_projections(attention: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (n, KV, D) of a cross-attention layer, of features (n, width)."""
+    key = norm(attention.k_norm, attention.k_proj(features).unflatten(-1, (-1, attention.head_dim)))
+    return key, attention.v_proj(features).unflatten(-1, (-1, attention.head_dim))
+
+
+def fold(query: Tensor, kv_heads: int) -> Tensor:
+    """Queries (n, heads, D) as (KV, heads of a group × n, D): a key head's queries are rows of one product, and no key is
+    repeated."""
+    return query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def unfold(attended: Tensor, rows: int) -> Tensor:
+    """(KV, heads of a group × n, D) back to (n, heads × D), for the output projection."""
+    return attended.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1)

@@ -1,0 +1,541 @@
+"""The engine: requests wait, are prefilled as memory allows, decode side by side, and leave one by one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
+from typing import get_args
+
+import torch
+from torch import Tensor
+from transformers import MllamaForConditionalGeneration
+
+from trimming.costs import Geometry
+from trimming.engine.decode import Decode
+from trimming.engine.layers import Rotary
+from trimming.engine.memory import Memory
+from trimming.engine.prefill import NoRoomError, Prefill
+from trimming.engine.request import Completion, Image, Request
+from trimming.engine.sampling import choose
+from trimming.engine.sequence import Encoded, Sequence_, ceil_to, image_spans
+from trimming.engine.vision import ImageCache, Tower, TowerTiles
+from trimming.mllama import Rows
+from trimming.policies import Policy
+
+logger = logging.getLogger(__name__)
+
+TOWER_IMAGES = 8
+"""Images that go through the tower at once, at most."""
+PREFILL_SEQUENCES = 16
+PREFILL_TOKENS = 8192
+"""Prompts, and their tokens, that are prefilled at once, at most."""
+SLOT_GRAIN = 32
+"""Slots have room for a multiple of this many tokens."""
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts since ``Engine.reset_statistics``. Peaks of memory are in bytes."""
+
+    images_encoded: int = 0
+    image_hits: int = 0
+    """Images of requests that did not go through the tower, as their like had."""
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    """Tokens that decode steps gave; each sequence's first one comes from its prefill."""
+    peak_sequences: int = 0
+    peak_kv_bytes: int = 0
+    peak_cross_kv_bytes: int = 0
+
+
+class Engine:
+    """Continuous batching for Mllama. ``submit`` may be called from any thread; ``step``, ``generate`` and ``serve`` from one.
+
+    Args:
+        model: left as it is.
+        policy: which visual features stay in the cache.
+        rows: what rows before the image do; see ``trimming.trim``.
+        normalise: from uint8 tiles (n, 3, side, side) to the model's pixels, in its dtype and on its device.
+        eos: tokens that end an answer.
+        kv_bytes: memory for keys and values; as many sequences run as fit in.
+        max_sequences: and no more than these.
+        image_cache_bytes: memory for encoded images that later requests may share; 0 encodes every request's images.
+        tower_tiles: ``real`` leaves padding tiles out of the vision tower, which is faster and an approximation.
+        detokenize: from tokens to text, for ``Completion.text`` and stop strings.
+    """
+
+    def __init__(
+        self,
+        model: MllamaForConditionalGeneration,
+        policy: Policy,
+        *,
+        rows: Rows = "meta",
+        normalise: Callable[[Tensor], Tensor],
+        eos: Collection[int],
+        kv_bytes: int,
+        max_sequences: int = 256,
+        image_cache_bytes: int = 1 << 30,
+        tower_tiles: TowerTiles = "all",
+        detokenize: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        if rows not in get_args(Rows) or tower_tiles not in get_args(TowerTiles):
+            raise ValueError(f"rows={rows!r} is one of {get_args(Rows)}, tower_tiles={tower_tiles!r} of {get_args(TowerTiles)}")
+        self.model, self.policy, self.eos, self.detokenize = model, policy, frozenset(eos), detokenize
+        self.max_sequences, self.tower_images, self.prefill_sequences = max_sequences, TOWER_IMAGES, PREFILL_SEQUENCES
+        self.image_token: int = model.config.image_token_index
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings
+        self.max_length: int = model.config.text_config.max_position_embeddings
+        self.tower = Tower(model, normalise, tower_tiles, keep_padding=rows == "transformers")
+        self.images = ImageCache(image_cache_bytes)
+        self.geometry = Geometry.of(model.config)
+        self.memory = Memory(self.geometry, kv_bytes, model.dtype, model.device)
+        rotary = Rotary(model.model.language_model.rotary_emb)
+        self.prefill = Prefill(model, policy, rows, self.memory, rotary)
+        self.decode = _decode_for(model, self.memory, rotary, max_sequences)
+        self.waiting: deque[Sequence_] = deque()
+        self.statistics = Statistics()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Seconds of the device by stage: ``tower`` (with projector), ``prefill``, ``decode``."""
+        # What a sequence's segment takes of what all its features would: measured, for sequences whose images are new to the
+        # memory and for those whose images are in it.
+        # Policies that do not look at the text keep the same of an image for each of its questions, until one is seen not to.
+        self._share = {False: 1.0, True: 0.0 if policy.where == "features" else 1.0}
+        # Something that should have fitted did not: no use in trying before a sequence has left.
+        self._full_house = False
+        self.failed: BaseException | None = None
+        """What ended ``serve`` too early."""
+        self._warned = False
+        # Keys of images that went through the tower with one that it refused: each goes alone.
+        self._suspects: set[str] = set()
+        self._arrived = threading.Condition()
+
+    # ---- the outside ----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Future[Completion]:
+        """The completion to come.
+
+        Raises ``ValueError`` for a request that can't be run, and ``RuntimeError`` once ``serve`` has failed.
+        """
+        self._check(request)
+        future: Future[Completion] = Future()
+        # It can no longer be cancelled: the engine would trip over it when it has its result.
+        future.set_running_or_notify_cancel()
+        sequence = Sequence_(request, future, image_spans(request.tokens, self.image_token))
+        if request.sampling.temperature > 0:
+            sequence.draws = request.sampling.stream(request.id, request.max_new_tokens)
+        with self._arrived:
+            if self.failed is not None:
+                raise RuntimeError(f"the engine has failed: {self.failed}") from self.failed
+            self.waiting.append(sequence)
+            self._arrived.notify()
+        return future
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """All completions, in order. Raises ``ValueError`` for a request that can't be run, before any is."""
+        asked = list(requests)
+        for request in asked:
+            self._check(request)
+        futures = [self.submit(request) for request in asked]
+        while not all(future.done() for future in futures):
+            self.step()
+        return [future.result() for future in futures]
+
+    def serve(self, stop: threading.Event) -> None:
+        """Steps until ``stop`` is set (and ``wake`` called), and waits while there is nothing to do.
+
+        Raises what ended it too early, such as a device's failure; every request under way then has it for its result, and no
+        other is taken.
+        """
+        while not stop.is_set():
+            with self._arrived:
+                self._arrived.wait_for(lambda: self.waiting or self.decode.running or stop.is_set())
+            try:
+                self.step()
+            except BaseException as error:
+                with self._arrived:
+                    self.failed = error
+                    lost = [*self.decode.running, *self.waiting]
+                for sequence in lost:
+                    if not sequence.future.done():
+                        sequence.future.set_exception(error)
+                raise
+
+    def wake(self) -> None:
+        """Lets ``serve`` look at its ``stop``."""
+        with self._arrived:
+            self._arrived.notify()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admits what fits, then one token for each running sequence."""
+        self._admit()
+        if self.decode.running:
+            self._decode()
+
+    def reset_statistics(self) -> None:
+        self.statistics = Statistics()
+        self.seconds.clear()
+        self.memory.reset_peaks()
+
+    def _check(self, request: Request) -> None:
+        places = sum(token == self.image_token for token in request.tokens)
+        if places != len(request.images):
+            raise ValueError(f"request {request.id!r} has {places} image tokens for {len(request.images)} images")
+        if not request.tokens or request.max_new_tokens < 1:
+            given = f"{len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens}"
+            raise ValueError(f"request {request.id!r} has {given}: both must be at least 1")
+        length = len(request.tokens) + request.max_new_tokens
+        if length > self.max_length:
+            raise ValueError(f"request {request.id!r} may reach {length} tokens, over the model's {self.max_length}")
+        # On CUDA an index out of bounds would end the whole engine.
+        if not 0 <= min(request.tokens) <= max(request.tokens) < self.vocabulary:
+            raise ValueError(f"request {request.id!r} has a token outside of the vocabulary of {self.vocabulary}")
+        if request.stop and (self.detokenize is None or not all(request.stop)):
+            raise ValueError(f"request {request.id!r} has stop={request.stop}: give texts, and the engine detokenize")
+        for image in request.images:
+            if not 1 <= len(image.pixels) <= self.tower.max_tiles:
+                raise ValueError(
+                    f"request {request.id!r} has an image of {len(image.pixels)} tiles, not 1 to {self.tower.max_tiles}"
+                )
+            if not 1 <= image.ratio_id <= self.tower.max_ratio_id:
+                raise ValueError(f"request {request.id!r} has ratio_id={image.ratio_id}, not 1 to {self.tower.max_ratio_id}")
+
+    # ---- admission ------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Prefills waiting sequences while there is room; a few at a time, as a prefill of one reads all weights too."""
+        while self.waiting and not self._full_house:
+            batch, whole = self._fitting()
+            enough = whole or len(batch) >= min(len(self.waiting), max(1, len(self.decode.running) // 8))
+            if self.decode.running and not enough:
+                return
+            # With nothing running nothing will be freed: the estimate may be too high, so the first is tried all the same.
+            batch = batch or [self.waiting[0]]
+            if not self._start(batch):
+                return
+
+    def _fitting(self) -> tuple[list[Sequence_], bool]:
+        """The first waiting sequences that fit into the memory beside the running ones, and whether a prefill takes no more."""
+        running, memory = self.decode.running, self.memory
+        capacity = max((s.capacity for s in running), default=0)
+        used = memory.segment_elements
+        here = {_keys(s) for s in running}
+        batch: list[Sequence_] = []
+        tokens = 0
+        # A copy: other threads submit meanwhile.
+        for sequence in list(islice(self.waiting, self.prefill_sequences + 1)):
+            tokens += len(sequence.request.tokens)
+            capacity = max(capacity, sequence.capacity)
+            used += self._expected(sequence, _keys(sequence) in here)
+            slots = (len(running) + len(batch) + 1) * memory.slot_elements_for(ceil_to(capacity, SLOT_GRAIN))
+            if len(batch) == self.prefill_sequences or (batch and tokens > PREFILL_TOKENS):
+                return batch, True
+            if len(running) + len(batch) == self.max_sequences or used + slots > memory.size:
+                break
+            batch.append(sequence)
+            here.add(_keys(sequence))
+        return batch, False
+
+    def _expected(self, sequence: Sequence_, here: bool) -> int:
+        """Elements that its segment will take, by what such sequences took so far."""
+        if sequence.cross_need is not None:
+            return sequence.cross_need
+        return int(self._full(sequence) * self._share[here])
+
+    def _full(self, sequence: Sequence_) -> int:
+        tokens = sum(len(image.pixels) for image in sequence.request.images) * self.tower.tokens
+        return tokens * self.geometry.cross_kv_bytes(1)
+
+    def _start(self, batch: list[Sequence_]) -> bool:
+        """Encodes and prefills ``batch``, which stands first among the waiting; False where nothing more can start now."""
+        if not self._encode(batch):
+            return True
+        if not self._reserve(batch):
+            return self._no_room(batch)
+        began = time.perf_counter()
+        here = {_keys(s) for s in self.decode.running}
+        try:
+            logits = self.prefill(batch)
+            tokens = self._choose(logits, batch)
+            first = tokens.tolist()
+            failure = None
+        except Exception as error:
+            if not self._healthy():
+                raise
+            # The traceback's frames hold the batch's tensors, which the next attempt may need the memory of.
+            failure = error.with_traceback(None)
+        finally:
+            self.seconds["prefill"] += time.perf_counter() - began
+        if failure is not None:
+            self._unreserve(batch)
+            return self._no_room(batch) if isinstance(failure, NoRoomError) else self._prefill_failed(batch, failure)
+        self._learn(batch, here)
+        for sequence in batch:
+            self.waiting.remove(sequence)
+            sequence.encoded = []
+        self.images.shrink()
+        self.decode.add(batch, tokens)
+        self.statistics.prefill_tokens += sum(len(s.request.tokens) for s in batch)
+        self.statistics.peak_sequences = max(self.statistics.peak_sequences, len(self.decode.running))
+        self._note_peaks()
+        self._say(batch, first)
+        return True
+
+    def _reserve(self, batch: Sequence[Sequence_]) -> bool:
+        """Opens a slot for each sequence."""
+        memory = self.memory
+        need = ceil_to(max(s.capacity for s in [*self.decode.running, *batch]), SLOT_GRAIN)
+        # Slots that are far too long for what runs now would keep others out.
+        fits = need <= memory.capacity <= 2 * need if memory.slots else need == memory.capacity
+        if not fits and not self.decode.resize(need):
+            return False
+        first = memory.slots
+        if not memory.open_slots(len(batch)):
+            return False
+        for i, sequence in enumerate(batch):
+            sequence.slot = first + i
+        return True
+
+    def _unreserve(self, batch: Sequence[Sequence_]) -> None:
+        for sequence in reversed(batch):
+            self.memory.close_slot(sequence.slot)
+            sequence.slot = -1
+            if sequence.segment is not None:
+                self.memory.release(sequence.segment)
+                sequence.segment = None
+
+    def _no_room(self, batch: list[Sequence_]) -> bool:
+        """Half the batch may fit; one alone in an empty memory never will."""
+        if len(batch) > 1:
+            return self._start(batch[: len(batch) // 2])
+        if self.decode.running:
+            self._full_house = True
+            return False
+        (sequence,) = batch
+        need = self.memory.slot_elements_for(ceil_to(sequence.capacity, SLOT_GRAIN)) + self._expected(sequence, False)
+        need_mib, have_mib = (n * self.memory.itemsize / 2**20 for n in (need, self.memory.size))
+        said = f"the row needs {need_mib:.1f} MiB for keys and values, and the engine has {have_mib:.1f}"
+        self._fail(sequence, ValueError(said))
+        return True
+
+    def _prefill_failed(self, batch: list[Sequence_], error: Exception) -> bool:
+        """Takes a failed batch apart, so that only its culprit fails."""
+        if len(batch) == 1:
+            self._fail(batch[0], error)
+            return True
+        if out_of_memory(error):
+            self.prefill_sequences = len(batch) // 2
+            self._warn(f"out of memory in a prefill of {len(batch)} prompts: {self.prefill_sequences} at a time from now on")
+            return True
+        started = [self._start([sequence]) for sequence in batch]
+        return all(started)
+
+    def _learn(self, batch: Sequence[Sequence_], here: set[tuple[str, ...]]) -> None:
+        seen = set()
+        for sequence in batch:
+            if sequence.segment is None:
+                continue
+            known = _keys(sequence) in here
+            took = 0 if sequence.segment in seen or (known and sequence.segment.users > 1) else sequence.segment.size
+            seen.add(sequence.segment)
+            # Rather a little too much: a sequence that does not fit after all costs its prefill.
+            self._share[known] += 0.2 * (1.05 * took / self._full(sequence) - self._share[known])
+            here.add(_keys(sequence))
+
+    # ---- images ---------------------------------------------------------------------------------------------------------
+
+    def _encode(self, batch: Sequence[Sequence_]) -> bool:
+        """Gives every sequence of ``batch`` its encoded images; False where one of them could not have them, and has failed."""
+        fine = True
+        for sequence in batch:
+            while fine and len(sequence.encoded) < len(sequence.request.images):
+                fine = self._encode_next(sequence)
+        return fine
+
+    def _encode_next(self, sequence: Sequence_) -> bool:
+        """The sequence's next image, from the cache or from the tower, where others of its tile count come along."""
+        image = sequence.request.images[len(sequence.encoded)]
+        cached = self.images.get(image.key) if self.images.limit_bytes else None
+        if cached is not None:
+            sequence.encoded.append(cached)
+            self.statistics.image_hits += 1
+            return True
+        together = self._alike(sequence, image)
+        began = time.perf_counter()
+        try:
+            features = self.tower.encode([image for _, image in together])
+            self._synchronise()
+        except Exception as error:
+            if not self._healthy():
+                raise
+            return self._tower_failed(together, error)
+        finally:
+            self.seconds["tower"] += time.perf_counter() - began
+        self.statistics.images_encoded += len(together)
+        for (owner, image), own in zip(together, features, strict=True):
+            # A view would keep all of the batch's images.
+            encoded = Encoded(len(image.pixels), own.clone() if len(together) > 1 else own)
+            if self.images.limit_bytes:
+                self.images.put(image.key, encoded)
+            owner.encoded.append(encoded)
+        return True
+
+    def _alike(self, sequence: Sequence_, image: Image) -> list[tuple[Sequence_, Image]]:
+        """``image`` and images of its tile count that waiting sequences need next, each key once."""
+        together = [(sequence, image)]
+        if image.key in self._suspects:
+            return together
+        keys = {image.key}
+        for other in list(self.waiting)[: 2 * self.tower_images + self.prefill_sequences]:
+            if len(together) == self.tower_images:
+                break
+            done = len(other.encoded)
+            if other is sequence or done == len(other.request.images):
+                continue
+            candidate = other.request.images[done]
+            known = self.images.limit_bytes and (candidate.key in keys or self.images.get(candidate.key) is not None)
+            if len(candidate.pixels) == len(image.pixels) and not known and candidate.key not in self._suspects:
+                together.append((other, candidate))
+                keys.add(candidate.key)
+        return together
+
+    def _tower_failed(self, together: list[tuple[Sequence_, Image]], error: Exception) -> bool:
+        """Fewer images at a time where memory ran out; one alone fails."""
+        if len(together) == 1:
+            self._fail(together[0][0], error)
+            return False
+        if out_of_memory(error):
+            self._warn(f"out of memory in the vision tower: {len(together) // 2} images at a time from now on")
+            self.tower_images = len(together) // 2
+        else:
+            self._suspects.update(image.key for _, image in together)
+        return True
+
+    # ---- decoding -------------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        began = time.perf_counter()
+        running = list(self.decode.running)
+        try:
+            logits = self.decode.step()
+            tokens = self._choose(logits, running)
+            said = tokens.tolist()
+            self.decode.advance(tokens)
+        except Exception as error:
+            if not out_of_memory(error) or len(running) == 1 or not self._healthy():
+                raise
+            self._preempt(running[len(running) // 2 :])
+            return
+        finally:
+            self.seconds["decode"] += time.perf_counter() - began
+        self.statistics.decode_steps += 1
+        self.statistics.decode_tokens += len(said)
+        self._say(running, said)
+
+    def _choose(self, logits: Tensor, sequences: Sequence[Sequence_]) -> Tensor:
+        draws = [s.draws[len(s.said)] if s.draws else 0.0 for s in sequences]
+        return choose(logits, [s.request.sampling for s in sequences], draws)
+
+    def _say(self, sequences: Sequence[Sequence_], tokens: Sequence[int]) -> None:
+        """Takes each running sequence's next token, and lets those leave that it ends."""
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.said.append(token)
+            try:
+                text = self._stopped(sequence)
+                if token in self.eos or text is not None:
+                    self._finish(sequence, "stop", text)
+                elif len(sequence.said) == sequence.request.max_new_tokens:
+                    self._finish(sequence, "length", None)
+            except Exception as error:  # noqa: BLE001 - the detokenizer is the caller's: its failure is this row's
+                self._leave(sequence)
+                sequence.future.set_exception(error)
+
+    def _stopped(self, sequence: Sequence_) -> str | None:
+        """The text before the first stop string, once there is one."""
+        if not sequence.request.stop:
+            return None
+        assert self.detokenize is not None
+        text = self.detokenize(sequence.said)
+        found = [place for stop in sequence.request.stop if (place := text.find(stop)) >= 0]
+        return text[: min(found)] if found else None
+
+    def _finish(self, sequence: Sequence_, reason: str, text: str | None) -> None:
+        said = sequence.said[:-1] if sequence.said[-1] in self.eos else sequence.said
+        if text is None and self.detokenize is not None:
+            text = self.detokenize(said)
+        self._leave(sequence)
+        assert sequence.trim is not None
+        completion = Completion(
+            tokens=said, text=text, finish_reason=reason, output_tokens=len(sequence.said), trim=sequence.trim
+        )
+        sequence.future.set_result(completion)
+
+    def _leave(self, sequence: Sequence_) -> None:
+        self.decode.remove(sequence)
+        self._full_house = False
+        if sequence.segment is not None:
+            self.memory.release(sequence.segment)
+            sequence.segment = None
+
+    def _preempt(self, sequences: Sequence[Sequence_]) -> None:
+        """Sends ``sequences`` back to wait, to be begun anew: their random streams are their own, so they will say the same."""
+        self.max_sequences = len(self.decode.running) - len(sequences)
+        self._warn(f"out of memory in decoding: {self.max_sequences} sequences at a time from now on")
+        for sequence in sequences:
+            self._leave(sequence)
+            sequence.said = []
+        self.waiting.extendleft(reversed(sequences))
+
+    # ---- the rest -------------------------------------------------------------------------------------------------------
+
+    def _fail(self, sequence: Sequence_, error: Exception) -> None:
+        self.waiting.remove(sequence)
+        # The traceback's frames hold a batch's tensors.
+        sequence.future.set_exception(error.with_traceback(None))
+
+    def _note_peaks(self) -> None:
+        self.statistics.peak_kv_bytes = self.memory.peak_bytes
+        self.statistics.peak_cross_kv_bytes = self.memory.peak_segment_bytes
+
+    def _warn(self, said: str) -> None:
+        if not self._warned:
+            logger.warning(said)
+            self._warned = True
+
+    def _synchronise(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _healthy(self) -> bool:
+        """Whether the device still works: after a fault of its own, CUDA fails every later call too."""
+        try:
+            torch.ones(1, device=self.model.device).add(1).item()
+        except torch.OutOfMemoryError:
+            return True
+        except RuntimeError:
+            return False
+        return True
+
+
+def _decode_for(model: MllamaForConditionalGeneration, memory: Memory, rotary: Rotary, most: int) -> Decode:
+    if model.device.type != "cuda":
+        return Decode(model, memory, rotary)
+    from trimming.engine.cuda import GraphDecode
+
+    return GraphDecode(model, memory, rotary, most)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` is a device's, or the CPU allocator's, want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _keys(sequence: Sequence_) -> tuple[str, ...]:
+    return tuple(image.key for image in sequence.request.images)

@@ -1,0 +1,88 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimming.engine.memory import Segment
+from trimming.engine.request import Completion, Request
+from trimming.samples import SampleTrim
+
+
+@dataclass(slots=True, eq=False)
+class Encoded:
+    """An image after tower and projector; nothing here depends on a text."""
+
+    tiles: int
+    features: Tensor
+    """(tokens, text width): the real tiles' features, then padding tiles' where the engine keeps them."""
+    first: tuple[Tensor, Tensor] | None = None
+    """The first cross-attention layer's keys and values (tokens, KV, head_dim), once a prompt has needed them."""
+
+    @property
+    def bytes(self) -> int:
+        tensors = [self.features, *(self.first or ())]
+        return sum(t.numel() * t.itemsize for t in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Text rows of a prompt that see the same images: all rows from an image's token on, up to the next image's."""
+
+    rows: tuple[int, int]
+    images: tuple[int, int]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence_:
+    """One request, from its arrival to its completion."""
+
+    request: Request
+    future: Future[Completion]
+    spans: list[Span]
+    encoded: list[Encoded] = field(default_factory=list)
+    """Its images, from their encoding to the end of the prefill."""
+    trim: SampleTrim | None = None
+    segment: Segment | None = None
+    slot: int = -1
+    draws: Sequence[float] = ()
+    said: list[int] = field(default_factory=list)
+    """Tokens so far."""
+    cross_need: int | None = None
+    """Elements of its segment, once a prefill has found out."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that its slot needs room for; the last token's keys and values are never computed."""
+        return len(self.request.tokens) + self.request.max_new_tokens
+
+
+def image_spans(tokens: Sequence[int], image_token: int) -> list[Span]:
+    """Which rows of a prompt see which images, as ``MllamaProcessor`` has it: text sees the image before it, and every image
+    of a row of adjacent ones. Rows before the first image are in no span."""
+    places = [i for i, token in enumerate(tokens) if token == image_token]
+    spans: list[Span] = []
+    first = 0
+    for number, place in enumerate(places):
+        if number and place != places[number - 1] + 1:
+            first = number
+        end = places[number + 1] if number + 1 < len(places) else len(tokens)
+        spans.append(Span((place, end), (first, number + 1)))
+    return spans
+
+
+def ceil_to(value: int, grain: int) -> int:
+    return -(-value // grain) * grain
+
+
+def packed_positions(tiles: Sequence[int], tokens: int, most: int, padding: bool) -> Tensor:
+    """Where packed features lie on the model's axis of images × most tiles × tokens: first the real tiles of every image,
+    then, with ``padding``, every image's padding tiles. (n,) long."""
+    real = [torch.arange(count * tokens) + i * most * tokens for i, count in enumerate(tiles)]
+    blank = [torch.arange(count * tokens, most * tokens) + i * most * tokens for i, count in enumerate(tiles)]
+    return torch.cat(real + (blank if padding else []))

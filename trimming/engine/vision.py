@@ -1,0 +1,153 @@
+"""The vision tower without masks: images of one tile count at a time, exactly what the masked tower computes.
+
+In transformers' tower every image is padded to the most tiles an image may have, and every tile to a multiple of eight tokens;
+its mask forbids padding to attend to padding, and nothing else. So real tokens attend to all tokens and padding to real tokens
+alone, which is two attention calls without a mask once real tokens come first: no (4 × 1608)² mask of 83 MB an image, and
+flash kernels apply. Order does not matter to attention, as positions are in the tokens themselves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import MllamaForConditionalGeneration
+
+from trimming.engine.request import Image
+from trimming.engine.sequence import Encoded
+
+TowerTiles = Literal["all", "real"]
+
+
+class Tower:
+    """Vision tower and projector.
+
+    Args:
+        model: where the weights are.
+        normalise: from uint8 (n, 3, side, side) tiles to the model's pixels, in its dtype and on its device.
+        tower_tiles: ``real`` leaves padding tiles out of the tower. An approximation: real tokens have learnt to attend to
+            them too.
+        keep_padding: also return padding tiles' features, which rows before the image see under transformers' rows.
+    """
+
+    def __init__(
+        self,
+        model: MllamaForConditionalGeneration,
+        normalise: Callable[[Tensor], Tensor],
+        tower_tiles: TowerTiles = "all",
+        keep_padding: bool = False,
+    ) -> None:
+        if tower_tiles == "real" and keep_padding:
+            raise ValueError(
+                'tower_tiles="real" leaves out the padding tiles that rows="transformers" looks at: use rows="meta"'
+            )
+        self.vision: Any = model.model.vision_model
+        self.projector: Any = model.model.multi_modal_projector
+        self.normalise, self.tower_tiles, self.keep_padding = normalise, tower_tiles, keep_padding
+        self.tokens: int = self.vision.num_patches
+        self.max_tiles: int = self.vision.max_num_tiles
+        self.max_ratio_id: int = model.config.vision_config.max_aspect_ratio_id
+
+    def encode(self, images: Sequence[Image]) -> Tensor:
+        """Projected features (B, tiles × tokens, text width) of ``images``, which share one tile count.
+
+        Their real tiles' features, tile by tile; with ``keep_padding`` the padding tiles' after them.
+        """
+        vision, tokens = self.vision, self.tokens
+        count = len(images[0].pixels)
+        tiles = count if self.tower_tiles == "real" else self.max_tiles
+        real = count * tokens
+        kept = tiles * tokens if self.keep_padding else real
+
+        ids = torch.tensor([image.ratio_id for image in images], device=vision.class_embedding.device)
+        states = self._embed(torch.cat([image.pixels for image in images]), ids, count, tiles)
+        # Each tile's rows up to a multiple of eight tokens: zeros, behind everything else.
+        fill = tiles * (-tokens % 8)
+        states = F.pad(states.flatten(1, 2), (0, 0, 0, fill))
+
+        layers = vision.transformer.layers
+        wanted = vision.intermediate_layers_indices
+        between = {}
+        for index, layer in enumerate(layers):
+            states = _layer(layer, states, real, states.shape[1])
+            if index in wanted:
+                between[index] = states[:, :kept]
+        states = vision.layernorm_post(states)
+        after = self._tile_embedding(vision.post_tile_positional_embedding, ids, tiles)
+        states = states + torch.cat([after.repeat_interleave(tokens, 1), after.repeat_interleave(-tokens % 8, 1)], 1)
+        last = len(vision.global_transformer.layers) - 1
+        for index, layer in enumerate(vision.global_transformer.layers):
+            # Nothing looks at the last layer's padding.
+            states = _layer(layer, states, real, kept if index == last else states.shape[1])
+        # The intermediate layers' channels are interleaved.
+        mixed = torch.stack([between[index] for index in wanted], -1).flatten(-2)
+        projected: Tensor = self.projector(torch.cat([states[:, :kept], mixed], -1))
+        return projected
+
+    def _embed(self, pixels: Tensor, ids: Tensor, count: int, tiles: int) -> Tensor:
+        """(B, tiles, tokens, width). A padding tile's pixels are zero, and the patch embedding has no bias."""
+        vision = self.vision
+        patches = vision.patch_embedding(self.normalise(pixels)).flatten(2).transpose(1, 2)
+        patches = F.pad(patches.unflatten(0, (-1, count)), (0, 0, 0, 0, 0, tiles - count))
+        patches = patches + self._tile_embedding(vision.pre_tile_positional_embedding, ids, tiles)[:, :, None]
+        first = vision.class_embedding.expand(*patches.shape[:2], 1, -1)
+        states = torch.cat([first, patches], 2)
+        position = vision.gated_positional_embedding
+        gate = position.gate.tanh()
+        states = states + (1 - gate) * position.embedding
+        grown = position.tile_embedding(ids).view(len(ids), self.max_tiles, self.tokens, -1)[:, :tiles]
+        embedded: Tensor = vision.layernorm_pre(states + gate * grown)
+        return embedded
+
+    def _tile_embedding(self, module: Any, ids: Tensor, tiles: int) -> Tensor:
+        """(B, tiles, width)."""
+        embedding = module.embedding(ids).view(len(ids), self.max_tiles, -1)[:, :tiles]
+        return embedding * module.gate.tanh() if module.is_gated else embedding
+
+
+def _layer(layer: Any, states: Tensor, real: int, rows: int) -> Tensor:
+    """One layer's first ``rows`` rows from all of ``states`` (B, N, width), the first ``real`` of which are no padding."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(states)
+    heads = (attention.num_heads, attention.head_dim)
+    query = attention.q_proj(normed[:, :rows]).unflatten(-1, heads).transpose(1, 2)
+    key = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    value = attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(query[:, :, :real], key, value, scale=attention.scaling).transpose(1, 2)
+    if rows > real:
+        blind = F.scaled_dot_product_attention(
+            query[:, :, real:], key[:, :, :real], value[:, :, :real], scale=attention.scaling
+        )
+        attended = torch.cat([attended, blind.transpose(1, 2)], 1)
+    attended = attention.o_proj(attended.flatten(2))
+    states = states[:, :rows]
+    states = states + (layer.gate_attn.tanh() * attended if layer.is_gated else attended)
+    forward = layer.mlp(layer.post_attention_layernorm(states))
+    return states + (layer.gate_ffn.tanh() * forward if layer.is_gated else forward)
+
+
+class ImageCache:
+    """Images by key, the longest unused dropped first. A prompt that waits for its prefill holds on to its images by itself."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._images: OrderedDict[Hashable, Encoded] = OrderedDict()
+
+    def get(self, key: Hashable) -> Encoded | None:
+        if key in self._images:
+            self._images.move_to_end(key)
+        return self._images.get(key)
+
+    def put(self, key: Hashable, image: Encoded) -> None:
+        self._images[key] = image
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Down to the limit; an image grows when its first keys and values join it."""
+        size = sum(image.bytes for image in self._images.values())
+        while self._images and size > self.limit_bytes:
+            size -= self._images.popitem(last=False)[1].bytes
