@@ -44,7 +44,7 @@ def dry_run(plan: Plan) -> str:
         f"input       {config.input}, {size(sum(s.size for s in plan.shards))}",
         f"output      {config.output}, {count(len(plan.remaining), 'file')} to write",
         f"model       {plan.checkpoint.source} ({plan.checkpoint.identity})",
-        f"actors      {config.num_actors}, each {config.cpus_per_actor:g} CPUs and {gpus}; batches of {config.batch_size}",
+        f"actors      {config.num_actors}, each {config.cpus_per_actor:g} CPUs, {gpus}, up to {config.batch_size} rows at once",
         f"columns     {columns or 'none'}",
         f"roles       image {plan.columns.image!r}, id {plan.columns.id!r}, answer {plan.columns.answer!r}",
         f"prompt      {example_prompt(plan)!r}",

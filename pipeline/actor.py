@@ -1,13 +1,17 @@
-"""What Ray runs: an actor takes a unit's rows, answers them in batches while the next are decoded, and emits as many."""
+"""What Ray runs: an actor takes a unit's rows, feeds them to its engine as they are decoded, and emits as many."""
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections import defaultdict, deque
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -21,22 +25,29 @@ from pipeline.source import READ_SECONDS, block_rows
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
+    from trimming.engine import Completion
 
 Seconds = defaultdict[str, float]
 """Seconds by stage."""
 
 DECODERS = 4
 """Threads that decode images, at most; never more than the machine's cores."""
+AHEAD = 64
+"""Rows that are decoded or wait for the engine, beyond those it runs: enough to fill it, few enough for their tiles' memory."""
+REPORT_ROWS = 32
 
 
 class Answerer:
     """The class that ``map_batches`` makes an actor of. A batch is a one-row table: a unit.
 
+    Ray calls it from several threads, each with a unit of its own. All of them feed one engine, so that the end of one unit and
+    the beginning of the next decode side by side.
+
     Args:
         config: the run's.
         columns: the input's.
         checkpoint: which model to load.
-        report: called with (rows, errors) after every batch, for progress.
+        report: called with (rows, errors) every now and then, for progress.
     """
 
     def __init__(
@@ -50,36 +61,20 @@ class Answerer:
         began = time.perf_counter()
         cores = _cores()
         self.decoders = ThreadPoolExecutor(min(DECODERS, cores), thread_name_prefix="decode")
-        # All of the model's work happens on this thread: Ray calls an actor from several, and PyTorch keeps its number of CPU
-        # threads and CUDA's workspaces for each. Ray's own default would be one CPU thread (OMP_NUM_THREADS).
-        self.device = ThreadPoolExecutor(1, thread_name_prefix="device", initializer=_use_cores, initargs=(cores,))
+        self.ahead = threading.BoundedSemaphore(config.batch_size + AHEAD)
+        self.accounts = threading.Lock()
+        self.accounted: dict[str, float] = {}
         self.refused: str | None = None
+        self.device = _Device()
         try:
-            self.engine: Engine = self.device.submit(self._load).result()
+            self.engine: Engine = self.device.start(partial(_load, config, checkpoint), cores)
         except Exception as error:  # noqa: BLE001 - told by the first unit instead
             # Ray starts an actor over whose constructor raises, and prints every traceback; a unit that raises ends the run.
             self.refused = f"{type(error).__name__}: {error}"
             return
+        weakref.finalize(self, self.device.stop)
         self.tiler = images.Tiler(self.engine.processor)
         self.load_seconds: float | None = time.perf_counter() - began
-
-    def _load(self) -> Engine:
-        import torch
-
-        from pipeline.engine import Decoding, Engine
-        from pipeline.model import build_policy, load_model, load_processor
-
-        config = self.config
-        decoding = Decoding(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            seed=config.seed,
-        )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(self.checkpoint, config.dtype, device)
-        return Engine(model, load_processor(self.checkpoint), build_policy(config), config.rows, decoding)
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         """One row (``unit``, ``rows``, ``read_seconds``) in; one row (``unit``, ``rows``, ``stats``) out.
@@ -92,16 +87,15 @@ class Answerer:
         seconds: Seconds = defaultdict(float, read=table[READ_SECONDS][0].as_py())
         rows = self._unpack(packed, seconds)
         self._answer_all(rows, seconds)
-        # Two units take turns on the device, so each sees some of the other's seconds; over a run they add up once.
-        for stage, spent in self.device.submit(self._take_seconds).result().items():
-            seconds[stage] += spent
         loading, self.load_seconds = self.load_seconds, None
         if loading is not None:
             seconds["load"] = loading
+        counts = self._account(seconds)
         output = pack(rows, packed, self.columns, self.config.write_kept)
         stats = json.dumps(
             {
                 **tally(rows, packed, self.columns),
+                **counts,
                 "seconds": dict(seconds),
                 "device": _device_name(self.engine),
                 "dtype": str(self.engine.model.dtype).removeprefix("torch."),
@@ -121,7 +115,8 @@ class Answerer:
         for id, question, cell in zip(ids, questions, packed.field(schema.IMAGES), strict=True):
             members = cell.as_py()
             row = Row(id, len(members), [m["bytes"] for m in members if m["bytes"] is not None])
-            row.digest = images.digest(row.files)
+            row.keys = [images.digest(data) for data in row.files]
+            row.digest = images.row_digest(row.keys)
             broken = next((m["error"] for m in members if m["error"] is not None), None)
             try:
                 if broken is not None:
@@ -148,95 +143,182 @@ class Answerer:
         if len(row.tokens) > room:
             row.fail(f"the prompt's {len(row.tokens)} tokens are over the {room} that the model has room for")
 
-    # ---- batches ----------------------------------------------------------------------------------------------------------
+    # ---- through the engine -----------------------------------------------------------------------------------------------
 
     def _answer_all(self, rows: Sequence[Row], seconds: Seconds) -> None:
-        """Answers the rows that have no error yet: a batch is on the device while the next ones are decoded."""
-        broken = sum(row.error is not None for row in rows)
-        if broken:
-            self.report(broken, broken)
-        batches = self._batches(rows)
-        decoding: deque[list[Future[float]]] = deque()
-        answering: deque[tuple[list[Row], Future[None]]] = deque()
-        for i, batch in enumerate(batches):
-            while len(decoding) < 2 and i + len(decoding) < len(batches):
-                decoding.append([self.decoders.submit(self._decode, row) for row in batches[i + len(decoding)]])
-            seconds["decode"] += sum(done.result() for done in decoding.popleft())
-            answering.append((batch, self.device.submit(self._answer, [row for row in batch if row.error is None])))
-            while len(answering) > (i < len(batches) - 1):
-                finished, future = answering.popleft()
-                future.result()
-                self.report(len(finished), sum(row.error is not None for row in finished))
-
-    def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Rows of one number of images together, like tile counts and lengths side by side: that is what padding costs."""
+        """Answers the rows that have no error yet: each goes to the engine once its images are decoded, in order, so that
+        questions about one image arrive together."""
         waiting = [row for row in rows if row.error is None]
-        waiting.sort(key=lambda row: (len(row.files), row.tiles, len(row.tokens)), reverse=True)
-        batches: list[list[Row]] = []
-        for row in waiting:
-            if not batches or len(batches[-1]) == self.config.batch_size or len(batches[-1][0].files) != len(row.files):
-                batches.append([])
-            batches[-1].append(row)
-        return batches
+        decoding = _Decoding(self.decoders, self.tiler, waiting)
+        asked: list[tuple[Row, Future[Completion]]] = []
+        done = 0
+        for number, row in enumerate(waiting):
+            self.ahead.acquire()
+            future = self._submit(row, decoding)
+            if future is None:
+                self.ahead.release()
+            else:
+                future.add_done_callback(partial(_release, self.ahead))
+                asked.append((row, future))
+            if number % REPORT_ROWS == REPORT_ROWS - 1:
+                finished = sum(future.done() for _, future in asked)
+                self.report(finished - done, 0)
+                done = finished
+        seconds["decode_images"] += decoding.seconds
+        for number, (row, future) in enumerate(asked):
+            self._take(row, future)
+            if number >= done and number % REPORT_ROWS == REPORT_ROWS - 1:
+                self.report(number + 1 - done, 0)
+                done = number + 1
+        self.report(len(rows) - done, sum(row.error is not None for row in rows))
 
-    def _decode(self, row: Row) -> float:
-        began = time.perf_counter()
-        try:
-            row.images = [self.tiler(images.decode(data)) for data in row.files]
-            row.tiles = sum(len(tiles.pixels) for tiles in row.images)
-        except images.ImageError as error:
-            row.fail(str(error))
-        except Exception as error:  # noqa: BLE001 - the row's boundary
-            row.fail(error)
-        return time.perf_counter() - began
-
-    def _answer(self, rows: Sequence[Row]) -> None:
-        """Runs on the device's thread. A batch that fails is taken apart, so that only its culprit fails."""
-        from torch import OutOfMemoryError
-
-        if not rows:
-            return
-        failure = self._try(rows)
-        if failure is not None and len(rows) == 1:
-            rows[0].fail(failure)
-        elif failure is not None:
-            size = -(-len(rows) // 2) if isinstance(failure, OutOfMemoryError) else 1
-            for i in range(0, len(rows), size):
-                self._answer(rows[i : i + size])
-        for row in rows:
-            row.grids = [tiles.grid for tiles in row.images] or row.grids
-            row.images = []
-
-    def _try(self, rows: Sequence[Row]) -> Exception | None:
-        """Answers ``rows`` at once, or says why not. Raises where the device itself has failed."""
+    def _submit(self, row: Row, decoding: _Decoding) -> Future[Completion] | None:
+        """The row's completion to come; None where it has none, and has failed."""
         from pipeline.engine import Prompt
 
         try:
-            answers = self.engine.generate([Prompt(row.id, row.tokens, row.images) for row in rows])
+            tiles = decoding.take(row)
+            row.tiles = sum(len(t.pixels) for t in tiles)
+            row.grids = [t.grid for t in tiles]
+            return self.engine.submit(Prompt(row.id, row.tokens, tiles, row.keys))
         except Exception as error:
-            if not self.engine.healthy():
-                # Every later row would fail as well: the unit fails, and is done again by whoever continues the run.
+            if self.engine.batch.failed is not None:
                 raise
-            # The traceback's frames hold the batch's tensors.
-            return error.with_traceback(None)
-        for row, answer in zip(rows, answers, strict=True):
-            row.answer = answer
-        return None
+            row.fail(str(error) if isinstance(error, images.ImageError) else error)
+            return None
 
-    def _take_seconds(self) -> dict[str, float]:
-        taken = dict(self.engine.seconds)
-        self.engine.seconds.clear()
-        return taken
+    def _take(self, row: Row, future: Future[Completion]) -> None:
+        """The row's answer or error. Raises where the device itself has failed: the unit is done again by whoever continues."""
+        try:
+            row.answer = self.engine.answer(len(row.tokens), future.result())
+        except Exception as error:
+            if self.engine.batch.failed is not None:
+                raise
+            row.fail(error)
+
+    def _account(self, seconds: Seconds) -> dict[str, int]:
+        """Adds what the engine has spent since this was last asked to ``seconds``, and returns its counts since then.
+
+        Units run side by side in one engine, so one unit's share is partly another's; over a run they add up once.
+        """
+        statistics = self.engine.batch.statistics
+        counters = ("images_encoded", "image_hits", "decode_steps", "decode_tokens")
+        with self.accounts:
+            now = {name: getattr(statistics, name) for name in counters} | dict(self.engine.batch.seconds)
+            since = {name: value - self.accounted.get(name, 0) for name, value in now.items()}
+            self.accounted = now
+        for stage in self.engine.batch.seconds:
+            seconds[stage] += since.get(stage, 0.0)
+        peaks = ("peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
+        return {name: int(since[name]) for name in counters} | {name: getattr(statistics, name) for name in peaks}
+
+
+class _Decoding:
+    """A unit's images on their way from files to tiles, some rows ahead of the engine; equal files are decoded once."""
+
+    def __init__(self, pool: ThreadPoolExecutor, tiler: images.Tiler, rows: Sequence[Row]) -> None:
+        self.pool, self.tiler, self.rows = pool, tiler, rows
+        self.uses = Counter(key for row in rows for key in row.keys)
+        self.tiles: dict[str, Future[images.Tiles]] = {}
+        self.begun = self.taken = 0
+        self.seconds = 0.0
+        self._lock = threading.Lock()
+
+    def take(self, row: Row) -> list[images.Tiles]:
+        """The tiles of the next row in order. Raises what its images can't be decoded for."""
+        self.taken += 1
+        while self.begun < min(len(self.rows), self.taken + AHEAD // 4):
+            for key, data in zip(self.rows[self.begun].keys, self.rows[self.begun].files, strict=True):
+                if key not in self.tiles:
+                    self.tiles[key] = self.pool.submit(self._decode, data)
+            self.rows[self.begun].files = []
+            self.begun += 1
+        futures = [self.tiles[key] for key in row.keys]
+        for key in row.keys:
+            # Tiles that no later row wants must not stay for the rest of the unit.
+            self.uses[key] -= 1
+            if not self.uses[key]:
+                self.tiles.pop(key, None)
+        return [future.result() for future in futures]
+
+    def _decode(self, data: bytes) -> images.Tiles:
+        began = time.perf_counter()
+        try:
+            return self.tiler(images.decode(data))
+        finally:
+            with self._lock:
+                self.seconds += time.perf_counter() - began
+
+
+class _Device:
+    """The one thread on which the model is loaded and run: PyTorch keeps its number of CPU threads and CUDA's workspaces for
+    each thread. It knows nothing of the actor, which can so be let go."""
+
+    def __init__(self) -> None:
+        self._ends = threading.Event()
+        self._engine: Future[Engine] = Future()
+        self._thread: threading.Thread | None = None
+
+    def start(self, load: Callable[[], Engine], cores: int) -> Engine:
+        """Loads, and serves from then on. Raises what ``load`` raises."""
+        self._thread = threading.Thread(target=self._run, args=(load, cores), name="device", daemon=True)
+        self._thread.start()
+        return self._engine.result()
+
+    def stop(self) -> None:
+        self._ends.set()
+        if self._engine.done() and self._engine.exception() is None:
+            self._engine.result().batch.wake()
+        # The last reference to an actor may be let go by a future's callback, on the thread itself.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    def _run(self, load: Callable[[], Engine], cores: int) -> None:
+        import torch
+
+        # Ray's own default would be one CPU thread (OMP_NUM_THREADS).
+        torch.set_num_threads(cores)
+        try:
+            engine = load()
+        except BaseException as error:  # noqa: BLE001 - raised by start
+            self._engine.set_exception(error)
+            return
+        self._engine.set_result(engine)
+        # What it raises, every unit gets to see.
+        with suppress(Exception):
+            engine.batch.serve(self._ends)
+
+
+def _release(ahead: threading.Semaphore, _: object) -> None:
+    ahead.release()
+
+
+def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
+    import torch
+
+    from pipeline.engine import Decoding, Engine, Limits
+    from pipeline.model import build_policy, load_model, load_processor
+    from trimming.engine import Sampling
+
+    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Engine(
+        load_model(checkpoint, config.dtype, device),
+        load_processor(checkpoint),
+        build_policy(config),
+        config.rows,
+        Decoding(max_new_tokens=config.max_new_tokens, sampling=sampling, stop=config.stop),
+        Limits(
+            max_sequences=config.batch_size,
+            kv_bytes=None if config.kv_gib is None else int(config.kv_gib * 2**30),
+            image_cache_bytes=int(config.image_cache_gib * 2**30),
+        ),
+        config.tower_tiles,
+    )
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _use_cores(cores: int) -> None:
-    import torch
-
-    torch.set_num_threads(cores)
 
 
 def _device_name(engine: Engine) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 Job = Literal["answer", "caption"]
 PolicyName = Literal["none", "trimmed-llama", "random", "grid"]
 RowSemantics = Literal["meta", "transformers"]
+TowerTiles = Literal["all", "real"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 POLICY_OPTIONS: dict[str, dict[str, float]] = {
@@ -36,6 +37,8 @@ _DECIDES = (
     "top_p",
     "top_k",
     "seed",
+    "stop",
+    "tower_tiles",
     "limit",
     "unit_rows",
     "write_kept",
@@ -106,8 +109,20 @@ class RunConfig:
     seed: int = 0
     """Seed of sampling and of the random policy."""
 
-    batch_size: int = 32
-    """Rows that the model takes at once."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer and are cut off it."""
+
+    tower_tiles: TowerTiles = "all"
+    """``real`` leaves padding tiles out of the vision tower: faster, and an approximation of the model."""
+
+    batch_size: int = 256
+    """Rows that decode at once, at most; fewer where the memory for keys and values is full."""
+
+    kv_gib: float | None = None
+    """Memory for keys and values, in GiB; default: what a GPU has left, a quarter of a machine's free memory up to 4."""
+
+    image_cache_gib: float = 1.0
+    """Memory for encoded images that several rows ask about, in GiB; 0 encodes an image anew for each row."""
 
     num_actors: int = 1
     """Copies of the model."""
@@ -122,7 +137,8 @@ class RunConfig:
     """Only the first rows, in the order of the shards' names."""
 
     unit_rows: int = 256
-    """Rows of one unit of work: one contiguous range of a shard, one output file."""
+    """Rows of one unit of work, one contiguous range of a shard and one output file; up to half as many again where a cut would
+    part the rows of one image."""
 
     write_kept: bool = False
     """Also write each row's kept positions and its images' tile grids."""
@@ -152,6 +168,15 @@ class RunConfig:
             raise ValueError("temperature=0.0 answers greedily and takes no top_p or top_k; set a temperature, or drop them")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.tower_tiles == "real" and self.rows == "transformers":
+            raise ValueError(
+                "tower_tiles='real' leaves out the padding tiles that rows='transformers' looks at; use rows='meta'"
+            )
+        if not all(self.stop):
+            raise ValueError(f"stop={self.stop} holds an empty text, which would end every answer at once; drop it")
+        if self.image_cache_gib < 0 or (self.kv_gib is not None and self.kv_gib <= 0):
+            given = f"image_cache_gib={self.image_cache_gib}, kv_gib={self.kv_gib}"
+            raise ValueError(f"{given}: memory must be positive (or image_cache_gib=0 for no cache)")
         if self.cpus_per_actor < 0 or (self.gpus_per_actor or 0) < 0:
             given = f"cpus_per_actor={self.cpus_per_actor}, gpus_per_actor={self.gpus_per_actor}"
             raise ValueError(f"{given} must not be negative; use 0 for none")

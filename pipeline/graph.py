@@ -14,7 +14,8 @@ from pipeline.plan import Plan
 def run(plan: Plan) -> dict[str, Any]:
     """Does what is left of ``plan`` and returns its summary; a finished run is not touched.
 
-    Raises ``cluster.TooSmallError`` before anything is written; Ray's exceptions where the run broke off.
+    Raises ``cluster.TooSmallError`` before anything is written; Ray's exceptions where the run broke off; ``ValueError`` where
+    all units are written and do not have the plan's rows.
     """
     summary = record.read_summary(plan.output) if plan.begun and not plan.remaining else None
     if summary is not None:
@@ -30,6 +31,7 @@ def run(plan: Plan) -> dict[str, Any]:
             stats += _execute(plan, resources)
             working = time.monotonic() - now
     summary = record.summarise(stats)
+    plan.check_rows(summary["rows"])
     new = sum(unit.rows for unit in plan.remaining)
     summary |= {
         "units": len(plan.units),
@@ -58,7 +60,7 @@ def _execute(plan: Plan, resources: cluster.Resources) -> list[dict[str, Any]]:
     context.enable_progress_bars = False
     _quiet_console()
 
-    sink = UnitSink(UnitWriter(plan.output, plan.columns.output(config.write_kept), {u.name: u.rows for u in units}))
+    sink = UnitSink(UnitWriter(plan.output, plan.columns.output(config.write_kept)))
     source = UnitSource(UnitReader(plan.input, plan.columns), units)
     with Progress(plan.rows, plan.rows - sum(u.rows for u in units)) as progress:
         ray.data.read_datasource(source, override_num_blocks=len(units)).map_batches(

@@ -37,12 +37,16 @@ class Tiles:
     ratio_id: int
 
 
-def digest(files: Sequence[bytes]) -> str | None:
-    """SHA-256 of the one file, or of the files' digests; None without files."""
-    if not files:
-        return None
-    sums = [hashlib.sha256(data) for data in files]
-    return sums[0].hexdigest() if len(sums) == 1 else hashlib.sha256(b"".join(s.digest() for s in sums)).hexdigest()
+def digest(data: bytes) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def row_digest(digests: Sequence[str]) -> str | None:
+    """A row's images as one: its one file's digest, or a digest of the digests; None without files."""
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def header(data: bytes) -> tuple[int, int]:
@@ -175,37 +179,17 @@ class Tiler:
 
 
 class Normaliser:
-    """Pads, rescales and normalises tiles on the device, to what the processor computes on the CPU."""
+    """Rescales and normalises tiles on the device, to what the processor computes on the CPU."""
 
     def __init__(self, processor: MllamaProcessor, device: torch.device, dtype: torch.dtype) -> None:
         images: Any = processor.image_processor
-        self.max_tiles: int = images.max_image_tiles
         self.scale = float(images.rescale_factor) if images.do_rescale else 1.0
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
         self.mean = torch.tensor(mean, device=device, dtype=torch.float32).view(3, 1, 1)
         self.std = torch.tensor(std, device=device, dtype=torch.float32).view(3, 1, 1)
         self.device, self.dtype = device, dtype
 
-    def __call__(self, batch: Sequence[Sequence[Tiles]]) -> dict[str, Tensor]:
-        """``pixel_values`` (B, images, max tiles, 3, side, side), ``aspect_ratio_ids`` (B, images) and ``aspect_ratio_mask``
-        (B, images, max tiles) of rows with at least one image among them; rows with fewer images than the most are padded.
-        """
-        most = max(len(row) for row in batch)
-        flat = [tiles for row in batch for tiles in row]
-        side = flat[0].pixels.shape[-1]
-        real = torch.cat([t.pixels for t in flat]).to(self.device, non_blocking=True).float()
-        real = (real * self.scale - self.mean) / self.std
-        # Padding inside a real tile is black before normalising, a padding tile zero after it: so the processor does it.
-        pixels = torch.zeros(len(batch), most, self.max_tiles, 3, side, side, device=self.device, dtype=self.dtype)
-        ids = torch.zeros(len(batch), most, dtype=torch.long)
-        mask = torch.zeros(len(batch), most, self.max_tiles, dtype=torch.long)
-        mask[:, :, 0] = 1
-        at = 0
-        for i, row in enumerate(batch):
-            for j, tiles in enumerate(row):
-                count = len(tiles.pixels)
-                pixels[i, j, :count] = real[at : at + count].to(self.dtype)
-                ids[i, j] = tiles.ratio_id
-                mask[i, j, :count] = 1
-                at += count
-        return {"pixel_values": pixels, "aspect_ratio_ids": ids.to(self.device), "aspect_ratio_mask": mask.to(self.device)}
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """Pixels of uint8 ``tiles`` (n, 3, side, side). Padding inside a real tile is black before this, as the processor's."""
+        pixels = tiles.to(self.device, non_blocking=True).float()
+        return ((pixels * self.scale - self.mean) / self.std).to(self.dtype)

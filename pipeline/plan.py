@@ -38,6 +38,14 @@ class Plan:
         done = set(self.finished)
         return [unit for unit in self.units if unit.name not in done]
 
+    def check_rows(self, written: int) -> None:
+        """Raises ``ValueError`` where all units together do not have the plan's rows, though each has what its reader had."""
+        if written != self.rows:
+            raise ValueError(
+                f"output={self.config.output!r} has {written} rows instead of {self.rows}, "
+                "as where a shard changes while it is read; choose another folder"
+            )
+
     def decides(self) -> dict[str, Any]:
         """What two starts must share to be one run."""
         return {

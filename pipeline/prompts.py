@@ -1,14 +1,10 @@
-"""From a question and a number of images to a prompt's tokens, in the checkpoint's own layout."""
+"""From a question and a number of images to a prompt's tokens, in the checkpoint's own layout, and from tokens to text."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
-import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import MllamaProcessor
@@ -20,7 +16,6 @@ class Prompter:
     def __init__(self, processor: MllamaProcessor) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.max_tiles: int = processor.image_processor.max_image_tiles
         self._lock = threading.Lock()
         self._special = [t for t in self.tokenizer.all_special_tokens if t]
 
@@ -48,24 +43,8 @@ class Prompter:
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or bos in ids else [bos, *ids]
 
-    def batch(self, prompts: Sequence[Sequence[int]], tiles: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (B, L), padded on the left, and for images ``cross_attention_mask``
-        (B, L, images, max tiles). ``tiles`` are the real tiles of each row's images.
-        """
-        from transformers.models.mllama.processing_mllama import (
-            convert_sparse_cross_attention_mask_to_dense,
-            get_cross_attention_token_mask,
-        )
-
-        length = max(map(len, prompts))
-        ids = np.full((len(prompts), length), self.tokenizer.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            ids[i, length - len(prompt) :] = prompt
-            mask[i, length - len(prompt) :] = 1
-        out = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if any(tiles):
-            spans = [get_cross_attention_token_mask(row, self.processor.image_token_id) for row in ids.tolist()]
-            dense = convert_sparse_cross_attention_mask_to_dense(spans, [list(t) for t in tiles], self.max_tiles, length)
-            out["cross_attention_mask"] = torch.from_numpy(dense)
-        return out
+    def words(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens, special ones left out."""
+        with self._lock:
+            text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text

@@ -37,7 +37,12 @@ _SUMS = (
     "keep_fraction_rows",
     "judged",
     "correct",
+    "images_encoded",
+    "image_hits",
+    "decode_steps",
+    "decode_tokens",
 )
+_PEAKS = ("peak_memory_bytes", "peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
 
 
 class RefusalError(ValueError):
@@ -104,11 +109,11 @@ def read_markers(output: Storage, units: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Adds up units' statistics. Seconds are summed over actors; memory is the most of any; absent values are left out."""
+    """Adds up units' statistics. Seconds are summed over actors; peaks are the most of any; absent values are left out."""
     totals: dict[str, Any] = dict.fromkeys(_SUMS, 0)
     seconds: Counter[str] = Counter()
     devices: Counter[str] = Counter()
-    peak = 0
+    peaks = dict.fromkeys(_PEAKS, 0)
     dtypes: set[str] = set()
     for unit in stats:
         for name in _SUMS:
@@ -116,7 +121,7 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         seconds.update(unit["seconds"])
         devices[unit["device"]] += unit["rows"]
         dtypes.add(unit["dtype"])
-        peak = max(peak, unit["peak_memory_bytes"])
+        peaks = {name: max(most, unit.get(name, 0)) for name, most in peaks.items()}
     trimmed_rows, kept = totals.pop("keep_fraction_rows"), totals.pop("keep_fraction_sum")
     judged, correct = totals.pop("judged"), totals.pop("correct")
     totals["mean_keep_fraction"] = kept / trimmed_rows if trimmed_rows else None
@@ -124,7 +129,7 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     totals["judged"] = judged
     totals["device"] = ", ".join(sorted(devices))
     totals["dtype"] = ", ".join(sorted(dtypes))
-    totals["peak_memory_bytes"] = peak
+    totals |= peaks
     totals["seconds_per_stage"] = {name: round(value, 3) for name, value in sorted(seconds.items())}
     return totals
 

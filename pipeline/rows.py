@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline import images, metrics, schema
+from pipeline import metrics, schema
 from pipeline.schema import Columns
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Row:
     files: list[bytes]
     tokens: list[int] = field(default_factory=list)
     tiles: int = 0
-    images: list[images.Tiles] = field(default_factory=list)
-    """Real tiles, from decoding until the row is answered."""
+    keys: list[str] = field(default_factory=list)
+    """Each file's digest: equal files are decoded and encoded once."""
     grids: list[tuple[int, int]] = field(default_factory=list)
     answer: Answer | None = None
     error: str | None = None

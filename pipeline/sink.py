@@ -26,13 +26,16 @@ class UnitWriter:
 
     output: Storage
     columns: pa.Schema
-    rows: dict[str, int]
-    """Rows that each unit must have."""
 
     def __call__(self, unit: str, rows: pa.StructArray, stats: dict[str, Any]) -> dict[str, Any]:
-        """The unit's statistics, once its file and its marker are there. Writing a unit twice leaves one file."""
-        if len(rows) != self.rows[unit]:
-            raise ValueError(f"unit {unit} came with {len(rows)} rows instead of {self.rows[unit]}")
+        """The unit's statistics, once its file and its marker are there. Writing a unit twice leaves one file.
+
+        Raises ``ValueError`` where not all rows came that the actor had from the reader (``stats["rows"]``). Only data decides
+        where a unit really ends, so the plan can't say how many those are; that all units together have the plan's rows is
+        ``Plan.check_rows``.
+        """
+        if len(rows) != stats["rows"]:
+            raise ValueError(f"unit {unit} came with {len(rows)} rows instead of {stats['rows']}")
         table = pa.Table.from_arrays(rows.flatten(), schema=self.columns)
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")

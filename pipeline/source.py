@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipeline import cells, schema
+from pipeline.cuts import find_cut
 from pipeline.schema import Columns
 from pipeline.storage import Storage
 from pipeline.units import Unit, damaged, row_id
@@ -33,24 +35,30 @@ class UnitReader:
     columns: Columns
 
     def __call__(self, unit: Unit) -> list[Block]:
-        """One block of one row: ``unit``, ``rows`` (large list of ``Columns.unit_row()``) and ``read_seconds``."""
+        """One block of one row: ``unit``, ``rows`` (large list of ``Columns.unit_row()``) and ``read_seconds``.
+
+        The rows are those of the unit's real range. Raises ``ValueError`` where the shard has fewer rows than its footer said
+        at planning.
+        """
         began = time.perf_counter()
+        start, stop = unit.start, unit.stop
         try:
-            rows = self._rows(unit, self.read(unit))
+            with self._open(unit) as found:
+                start, stop = found.cut(unit.start, unit.start_reach), found.cut(unit.stop, unit.stop_reach)
+                table = found.between(start, stop)
+            rows = self._rows(unit.shard, start, table)
         except (pa.ArrowException, OSError) as error:
             # A store that does not answer ends the task, and the run can be continued; damaged bytes stay damaged.
             if not damaged(error):
                 raise
-            rows = self._unreadable(unit, error)
+            rows = self._unreadable(unit.shard, start, stop, error)
         packed = pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows)
         seconds = pa.array([time.perf_counter() - began])
         return [pa.table({schema.UNIT: pa.array([unit.name]), schema.ROWS: packed, READ_SECONDS: seconds})]
 
-    def read(self, unit: Unit) -> pa.Table:
-        """The unit's rows as they stand in the shard, with those of ``columns.read`` that it has.
-
-        Raises ``ValueError`` where the shard has fewer rows than its footer said at planning.
-        """
+    @contextmanager
+    def _open(self, unit: Unit) -> Iterator[_Rows]:
+        """The rows of the unit's row groups, with those of ``columns.read`` that the shard has."""
         fs, _ = self.root.open()
         with fs.open(self.root.path(unit.shard), "rb") as handle:
             file = pq.ParquetFile(handle)
@@ -64,45 +72,100 @@ class UnitReader:
                     groups.append(i)
                 offset += rows
             # In small batches, as a column chunk over 2 GiB comes in no one array.
-            pieces, at = [], first
-            for batch in file.iter_batches(_BATCH, row_groups=groups, columns=names, use_threads=False):
-                begin, end = max(unit.start - at, 0), min(unit.stop - at, batch.num_rows)
-                if begin < end:
-                    pieces.append(batch.slice(begin, end - begin))
-                at += batch.num_rows
-                if at >= unit.stop:
-                    break
-        table = pa.Table.from_batches(pieces).select(names) if pieces else pa.table({})
-        if table.num_rows != unit.rows:
-            raise ValueError(f"{unit.shard} has changed: rows {unit.start} to {unit.stop} are no longer there")
-        return table
+            batches = file.iter_batches(_BATCH, row_groups=groups, columns=names, use_threads=False)
+            yield _Rows(unit, batches, first, names, self.columns.image)
 
-    def _rows(self, unit: Unit, table: pa.Table) -> pa.StructArray:
-        columns = self.columns
+    def _rows(self, shard: str, start: int, table: pa.Table) -> pa.StructArray:
+        """``table``, whose first row is the shard's row ``start``, as rows of ``Columns.unit_row()``."""
+        columns, count = self.columns, table.num_rows
         kinds = zip(columns.passed, columns.types.types, strict=True)
         arrays = [
-            _cast(table[name], kind) if name in table.column_names else pa.nulls(unit.rows, kind) for (name, _), kind in kinds
+            _cast(table[name], kind) if name in table.column_names else pa.nulls(count, kind) for (name, _), kind in kinds
         ]
-        given = cells.strings(table[columns.id]) if columns.id else [None] * unit.rows
-        ids = [row_id(unit.shard, unit.start + i) if value is None else value for i, value in enumerate(given)]
-        questions = cells.strings(table[columns.question]) if columns.question else [None] * unit.rows
+        given = cells.strings(table[columns.id]) if columns.id else [None] * count
+        ids = [row_id(shard, start + i) if value is None else value for i, value in enumerate(given)]
+        questions = cells.strings(table[columns.question]) if columns.question else [None] * count
         own = [
             pa.array(ids, pa.string()),
             pa.array(questions, pa.large_string()),
-            cells.image_lists(table[columns.image], self.root, unit.shard),
+            cells.image_lists(table[columns.image], self.root, shard),
         ]
         return pa.StructArray.from_arrays([*arrays, *own], fields=list(columns.unit_row()))
 
-    def _unreadable(self, unit: Unit, error: Exception) -> pa.StructArray:
+    def _unreadable(self, shard: str, start: int, stop: int, error: Exception) -> pa.StructArray:
         """Rows of nulls, each with an image that tells why."""
-        said = f"{unit.shard}, rows {unit.start} to {unit.stop}: {' '.join(str(error).split())}"
-        arrays = [pa.nulls(unit.rows, kind) for kind in self.columns.types.types]
+        count = stop - start
+        said = f"{shard}, rows {start} to {stop}: {' '.join(str(error).split())}"
+        arrays = [pa.nulls(count, kind) for kind in self.columns.types.types]
         own = [
-            pa.array([row_id(unit.shard, unit.start + i) for i in range(unit.rows)], pa.string()),
-            pa.nulls(unit.rows, pa.large_string()),
-            pa.array([[{"bytes": None, "error": said}]] * unit.rows, pa.large_list(schema.IMAGE_TYPE)),
+            pa.array([row_id(shard, i) for i in range(start, stop)], pa.string()),
+            pa.nulls(count, pa.large_string()),
+            pa.array([[{"bytes": None, "error": said}]] * count, pa.large_list(schema.IMAGE_TYPE)),
         ]
         return pa.StructArray.from_arrays([*arrays, *own], fields=list(self.columns.unit_row()))
+
+
+class _Rows:
+    """A unit's row groups, read in order and no further than asked for; rows are named by their index in the shard.
+
+    Args:
+        unit: rows from the one before its start on are kept.
+        batches: the row groups' rows.
+        at: index of the first of them.
+        names: columns, in the order in which a table has them.
+        image: column of images.
+    """
+
+    def __init__(self, unit: Unit, batches: Iterator[pa.RecordBatch], at: int, names: Sequence[str], image: str) -> None:
+        self._unit, self._batches, self._at, self._names, self._image = unit, batches, at, names, image
+        self._kept_from = max(unit.start - 1, at)
+        self._kept: list[pa.RecordBatch] = []
+        self._damage: Exception | None = None
+
+    def cut(self, nominal: int, reach: int) -> int:
+        """Where the cut really lies. Never raises for damaged rows: both units beside them then keep the nominal cut."""
+        return find_cut(nominal, reach, self._cell)
+
+    def between(self, start: int, stop: int) -> pa.Table:
+        """Rows ``start`` to ``stop`` as they stand in the shard.
+
+        Raises Arrow's exception where they are damaged, ``ValueError`` where there are not so many.
+        """
+        self._read(stop)
+        if self._at < stop and self._damage is not None:
+            raise self._damage
+        if self._at < stop:
+            raise ValueError(f"{self._unit.shard} has changed: rows {start} to {stop} are no longer there")
+        return pa.Table.from_batches(self._kept).slice(start - self._kept_from, stop - start).select(self._names)
+
+    def _cell(self, index: int) -> pa.Scalar | None:
+        self._read(index + 1)
+        if index >= self._at:
+            return None
+        # It is in one of the last batches.
+        first = self._at
+        for batch in reversed(self._kept):
+            first -= batch.num_rows
+            if index >= first:
+                return batch.column(self._image)[index - first]
+        return None
+
+    def _read(self, stop: int) -> None:
+        """Reads on to row ``stop``, or as far as rows can be had."""
+        while self._at < stop and self._damage is None:
+            try:
+                batch = next(self._batches, None)
+            except (pa.ArrowException, OSError) as error:
+                if not damaged(error):
+                    raise
+                self._damage = error
+                return
+            if batch is None:
+                return
+            skipped = min(max(self._kept_from - self._at, 0), batch.num_rows)
+            self._at += batch.num_rows
+            if skipped < batch.num_rows:
+                self._kept.append(batch.slice(skipped))
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,18 +43,29 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows ``start`` to ``stop`` (exclusive) of a shard: read by one task, answered by one actor, written to one file."""
+    """Rows ``start`` to ``stop`` (exclusive) of a shard: read by one task, answered by one actor, written to one file.
+
+    The range is nominal. An end inside a row group may part rows of one image, so whoever reads moves it to the next row with
+    another image, at most ``start_reach`` or ``stop_reach`` rows further on (``pipeline.cuts``); the unit beside it does the
+    same. Ends at a row group's edge stay where they are, as moving one would make a reader fetch a second row group's images to
+    look at a single row: there an image's rows may be parted, which costs one more encoding and nothing else.
+    """
 
     shard: str
     start: int
     stop: int
     name: str
-    """The output file's name without its suffix, decided by shard and range alone."""
+    """The output file's name without its suffix, decided by shard and nominal range alone."""
     bytes: int
     """Estimate of the rows' size."""
+    start_reach: int = 0
+    """Rows by which the start may really come later."""
+    stop_reach: int = 0
+    """Rows by which the stop may really come later; the next unit's ``start_reach``."""
 
     @property
     def rows(self) -> int:
+        """Nominal rows; over all units of a plan they add up to the real ones."""
         return self.stop - self.start
 
 
@@ -90,21 +101,23 @@ def _first_line(error: Exception) -> str:
 
 
 def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None) -> list[Unit]:
-    """Cuts the shards into units of at most ``unit_rows`` rows, of whole row groups where they fit.
+    """Cuts the shards into units of at most ``unit_rows`` nominal rows, of whole row groups where they fit.
 
-    A row group that is larger than a unit is cut evenly. ``limit`` ends the plan after that many rows.
+    A row group that is larger than a unit is cut evenly, and its units may really have up to half as many rows again.
+    ``limit`` ends the plan after exactly that many rows.
     """
     units: list[Unit] = []
     left = limit
     for shard in shards:
         row_bytes = shard.size / max(1, shard.rows)
         most = max(1, min(unit_rows, int(UNIT_BYTES / max(1.0, row_bytes))))
-        for start, stop in _ranges(shard.groups, most):
-            if left is not None:
-                stop = min(stop, start + left)
-                left -= stop - start
-            if stop > start:
-                units.append(Unit(shard.name, start, stop, unit_name(shard, start, stop), int((stop - start) * row_bytes)))
+        rows = shard.rows if left is None else min(left, shard.rows)
+        left = None if left is None else left - rows
+        ranges = [(start, min(stop, rows)) for start, stop in _ranges(shard.groups, most) if start < rows]
+        reach = _reaches(ranges, shard.groups)
+        for start, stop in ranges:
+            name, size = unit_name(shard, start, stop), int((stop - start) * row_bytes)
+            units.append(Unit(shard.name, start, stop, name, size, reach.get(start, 0), reach.get(stop, 0)))
     return units
 
 
@@ -123,6 +136,13 @@ def _ranges(groups: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
             stop += rows
     if stop > start:
         yield start, stop
+
+
+def _reaches(ranges: Sequence[tuple[int, int]], groups: Sequence[int]) -> dict[int, int]:
+    """Rows by which each cut inside a row group may move: half the smaller range beside it, so that cuts never meet."""
+    edges = set(accumulate(groups))
+    beside = ((start, cut, stop) for (start, cut), (_, stop) in pairwise(ranges))
+    return {cut: min(cut - start, stop - cut) // 2 for start, cut, stop in beside if cut not in edges}
 
 
 def unit_name(shard: Shard, start: int, stop: int) -> str:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pipeline import images
-from pipeline.engine import Decoding, Engine, Prompt
+from pipeline.engine import Decoding, Engine, Limits, Prompt
 from pipeline.images import Tiler
 from pipeline.model import build_policy, find_checkpoint, load_model, load_processor
 from pipeline.prompts import Prompter
+from trimming.engine import Sampling
+from trimming.engine.sequence import image_spans
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +106,14 @@ def test_inputs_equal_the_processors(processor: Any, picture: Callable[..., byte
     expected = processor(images=pictures, text=texts, padding=True, return_tensors="pt", add_special_tokens=False)
 
     prompts = [prompter.tokens(q, n) for q, n in zip(questions, counts, strict=True)]
-    ours = prompter.batch(prompts, [[len(tiler(p).pixels) for p in row] for row in pictures])
-    for name in ("input_ids", "attention_mask", "cross_attention_mask"):
-        assert torch.equal(ours[name], expected[name]), name
+    for row, (ours, shown) in enumerate(zip(prompts, pictures, strict=True)):
+        told = expected["attention_mask"][row].bool()
+        assert ours == expected["input_ids"][row][told].tolist()
+        seen = torch.zeros_like(expected["cross_attention_mask"][row][told])
+        for span in image_spans(ours, processor.image_token_id):
+            for image in range(*span.images):
+                seen[slice(*span.rows), image, : len(tiler(shown[image]).pixels)] = 1
+        assert torch.equal(seen, expected["cross_attention_mask"][row][told])
 
 
 def test_one_begin_of_text(processor: Any) -> None:
@@ -140,7 +147,9 @@ def test_a_question_cannot_speak_as_the_system(processor: Any) -> None:
 def make_engine(checkpoint_folder: str, config: Any, **decoding: Any) -> Engine:
     checkpoint = find_checkpoint(checkpoint_folder, None)
     model = load_model(checkpoint, "float32", torch.device("cpu"))
-    return Engine(model, load_processor(checkpoint), build_policy(config), config.rows, Decoding(max_new_tokens=6, **decoding))
+    decoding = {"max_new_tokens": 6, **decoding}
+    limits = Limits(kv_bytes=1 << 24)
+    return Engine(model, load_processor(checkpoint), build_policy(config), config.rows, Decoding(**decoding), limits)
 
 
 def make_prompts(engine: Engine, picture: Callable[..., bytes], sizes: list[tuple[int, int] | None]) -> list[Prompt]:
@@ -148,7 +157,8 @@ def make_prompts(engine: Engine, picture: Callable[..., bytes], sizes: list[tupl
     prompts = []
     for i, size in enumerate(sizes):
         tiles = [] if size is None else [tiler(images.decode(picture(*size, seed=i)))]
-        prompts.append(Prompt(f"row-{i}", engine.prompter.tokens("how many" if i % 2 else "what is this", len(tiles)), tiles))
+        tokens = engine.prompter.tokens("how many" if i % 2 else "what is this", len(tiles))
+        prompts.append(Prompt(f"row-{i}", tokens, tiles, [f"picture-{i}"] * len(tiles)))
     return prompts
 
 
@@ -165,7 +175,6 @@ def test_a_batch_equals_its_rows(checkpoint_folder: str, config: Any, picture: C
     assert fractions[2] is None
     kept = [f for f in fractions if f is not None]
     assert all(f == 1.0 for f in kept) if policy == "none" else all(0 < f < 1 for f in kept)
-    engine.close()
 
 
 def test_keep_all_answers_as_the_untouched_model_does(
@@ -174,11 +183,10 @@ def test_keep_all_answers_as_the_untouched_model_does(
     engine = make_engine(checkpoint_folder, config(policy="none", rows="transformers"))
     prompts = make_prompts(engine, picture, [(100, 80), (300, 80)])
     ours = engine.generate(prompts)
-    engine.close()
     pictures = [[images.decode(picture(100, 80, seed=0))], [images.decode(picture(300, 80, seed=1))]]
     texts = [engine.prompter.text(q, 1) for q in ("what is this", "how many")]
     inputs = engine.processor(images=pictures, text=texts, padding=True, return_tensors="pt", add_special_tokens=False)
-    out = engine.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    out = engine.model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert [a.text for a in ours] == [t.strip() for t in engine.processor.batch_decode(out, skip_special_tokens=True)]
 
 
@@ -206,34 +214,43 @@ def test_an_end_of_turn_stops(checkpoint_folder: str, config: Any, picture: Call
     assert answer.finish_reason == "length"
     tokens = engine.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     # The first token that it says, taken for an end of turn, ends it: nothing is left, and one token was spent.
-    engine.eos = {tokens[0]}
-    engine.model.generation_config.eos_token_id = [tokens[0]]
+    engine.batch.eos = frozenset(tokens[:1])
     (answer,) = engine.generate([prompt])
     assert (answer.text, answer.finish_reason, answer.output_tokens) == ("", "stop", 1)
 
 
 def test_sampling_is_decided_by_seed_and_rows(checkpoint_folder: str, config: Any, picture: Callable[..., bytes]) -> None:
-    engine = make_engine(checkpoint_folder, config(temperature=5.0), temperature=5.0, top_k=40)
+    engine = make_engine(checkpoint_folder, config(), sampling=Sampling(temperature=5.0, top_k=40))
     prompts = make_prompts(engine, picture, [(100, 80), (300, 80)])
     first = engine.generate(prompts)
-    engine.generate(prompts[:1])
-    assert engine.generate(prompts) == first
-    other = make_engine(checkpoint_folder, config(temperature=5.0), temperature=5.0, top_k=40, seed=1)
+    assert engine.generate(prompts[:1]) == first[:1]
+    assert engine.generate(reversed(prompts)) == first[::-1]
+    other = make_engine(checkpoint_folder, config(), sampling=Sampling(temperature=5.0, top_k=40, seed=1))
     assert [a.text for a in other.generate(prompts)] != [a.text for a in first]
 
 
 def test_stages_are_timed(checkpoint_folder: str, config: Any, picture: Callable[..., bytes]) -> None:
     engine = make_engine(checkpoint_folder, config())
     engine.generate(make_prompts(engine, picture, [(100, 80)]))
-    assert set(engine.seconds) == {"inputs", "prefill", "generation"}
-    assert all(v > 0 for v in engine.seconds.values())
+    assert set(engine.batch.seconds) == {"tower", "prefill", "decode"}
+    assert all(v > 0 for v in engine.batch.seconds.values())
+
+
+def test_a_stop_text_ends_an_answer(checkpoint_folder: str, config: Any, picture: Callable[..., bytes]) -> None:
+    (whole,) = (engine := make_engine(checkpoint_folder, config())).generate(make_prompts(engine, picture, [(100, 80)]))
+    stop = whole.text[2:4]
+    engine = make_engine(checkpoint_folder, config(), stop=["never said", stop])
+    (answer,) = engine.generate(make_prompts(engine, picture, [(100, 80)]))
+    assert answer.text == whole.text[: whole.text.index(stop)].strip()
+    assert answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_halved_weights(checkpoint_folder: str, config: Any, picture: Callable[..., bytes], dtype: str) -> None:
     checkpoint = find_checkpoint(checkpoint_folder, None)
     model = load_model(checkpoint, dtype, torch.device("cpu"))
-    engine = Engine(model, load_processor(checkpoint), build_policy(config()), "meta", Decoding(max_new_tokens=3))
+    limits = Limits(kv_bytes=1 << 24)
+    engine = Engine(model, load_processor(checkpoint), build_policy(config()), "meta", Decoding(max_new_tokens=3), limits)
     image, text = engine.generate(make_prompts(engine, picture, [(100, 80), None]))
     assert image.cross_kv_bytes_full == 65 * 4 * (2 * 2 * 32 * 2)
     assert text.self_kv_bytes == (text.prompt_tokens + text.output_tokens) * 4 * (2 * 2 * 32 * 2)

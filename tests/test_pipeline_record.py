@@ -36,13 +36,13 @@ def block(*units: str, rows: int = 2) -> pa.Table:
     return pa.concat_tables(one)
 
 
-def sink(folder: Path, *units: str) -> UnitSink:
-    return UnitSink(UnitWriter(Storage(str(folder)), SCHEMA, dict.fromkeys(units, 2)))
+def sink(folder: Path) -> UnitSink:
+    return UnitSink(UnitWriter(Storage(str(folder)), SCHEMA))
 
 
 def test_one_file_a_unit_however_blocks_come(tmp_path: Path) -> None:
     units = ("a", "b", "c")
-    returned = sink(tmp_path, *units).write([block("a", "b"), block("c")], None)  # type: ignore[arg-type]
+    returned = sink(tmp_path).write([block("a", "b"), block("c")], None)  # type: ignore[arg-type]
     assert returned == [STATS] * 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [".run", "a.parquet", "b.parquet", "c.parquet"]
     for unit in units:
@@ -53,21 +53,21 @@ def test_one_file_a_unit_however_blocks_come(tmp_path: Path) -> None:
 
 def test_writing_twice_leaves_one_file(tmp_path: Path) -> None:
     for _ in range(2):
-        sink(tmp_path, "a").write([block("a")], None)  # type: ignore[arg-type]
+        sink(tmp_path).write([block("a")], None)  # type: ignore[arg-type]
     assert pq.read_table(tmp_path / "a.parquet").num_rows == 2
     assert len(list(tmp_path.glob("*.parquet"))) == 1
 
 
 def test_a_unit_that_lost_rows_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unit a came with 1 rows instead of 2"):
-        sink(tmp_path, "a").write([block("a", rows=1)], None)  # type: ignore[arg-type]
+        sink(tmp_path).write([block("a", rows=1)], None)  # type: ignore[arg-type]
     assert list(tmp_path.glob("*.parquet")) == []
 
 
 def test_data_comes_before_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(Storage, "write", lambda self, name, data, temporary: written.append(name))
-    sink(tmp_path, "a").write([block("a")], None)  # type: ignore[arg-type]
+    sink(tmp_path).write([block("a")], None)  # type: ignore[arg-type]
     assert written == ["a.parquet", ".run/units/a.json"]
 
 
@@ -75,7 +75,7 @@ def test_a_unit_is_finished_with_both_file_and_marker(tmp_path: Path) -> None:
     output = Storage(str(tmp_path))
     units = ["a", "b", "c", "d"]
     assert record.finished(output, units) == []
-    sink(tmp_path, *units).write([block(*units)], None)  # type: ignore[arg-type]
+    sink(tmp_path).write([block(*units)], None)  # type: ignore[arg-type]
     (tmp_path / "b.parquet").unlink()
     (tmp_path / record.marker("c")).unlink()
     assert record.finished(output, units) == ["a", "d"]

@@ -128,6 +128,36 @@ def test_ids_follow_from_shard_and_row(config: Any, picture: Callable[..., bytes
     assert len(set(found[2])) == 12
 
 
+def test_questions_about_one_image_stay_in_one_unit(config: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:
+    pictures = [picture(60, 80, seed=i) for i in range(6)]
+    cells = [{"bytes": pictures[i // 5], "path": f"{i}.png"} for i in range(30)]
+    table = pa.table({"image": cells, "question": ["how many"] * 30, "id": [f"{i:02d}" for i in range(30)]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    out = tmp_path / "out"
+    settings = {"input": str(tmp_path / "in.parquet"), "output": str(out), "unit_rows": 8}
+    summary = graph.run(make_plan(config(**settings)))
+    assert (summary["rows"], summary["errors"], summary["units"]) == (30, 0, 4)
+    files = {path: pq.read_table(path) for path in sorted(out.glob("*.parquet"))}
+    # Named by the nominal range, cut between images.
+    assert [path.stem[-15:] for path in files] == ["0000000-0000007", "0000007-0000015", "0000015-0000022", "0000022-0000030"]
+    assert [t.num_rows for t in files.values()] == [10, 5, 10, 5]
+    assert [i for t in files.values() for i in t["id"].to_pylist()] == table["id"].to_pylist()
+
+    # A unit that is done again ends where its neighbours, which are not, began.
+    list(files)[1].unlink()
+    (out / ".run/summary.json").unlink()
+    assert graph.run(make_plan(config(**settings)))["rows"] == 30
+    assert {path: pq.read_table(path) for path in sorted(out.glob("*.parquet"))} == files
+
+    # Rows that no unit has are told, however well each unit went.
+    marker = out / f".run/units/{list(files)[1].stem}.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"rows": 4}))
+    (out / ".run/summary.json").unlink()
+    with pytest.raises(ValueError, match="has 29 rows instead of 30"):
+        graph.run(make_plan(config(**settings)))
+    assert not (out / ".run/summary.json").exists()
+
+
 def test_paths_as_images(config: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "images").mkdir(parents=True)

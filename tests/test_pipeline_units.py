@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,6 +41,32 @@ def test_units_cover_every_row_once(unit_rows: int) -> None:
 def test_limit() -> None:
     assert ranges(40, 40, unit_rows=40, limit=50) == [(0, 40), (40, 50)]
     assert ranges(40, 40, unit_rows=40, limit=40) == [(0, 40)]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 41, 60, 99, 100])
+@pytest.mark.parametrize("unit_rows", [1, 2, 7, 30, 64])
+def test_only_cuts_inside_a_row_group_move_and_never_meet(unit_rows: int, limit: int | None) -> None:
+    groups = (3, 100, 0, 1, 64, 7, 500)
+    planned = plan_units([Shard("s.parquet", groups, 0, SCHEMA)], unit_rows, limit)
+    edges = set(accumulate(groups))
+    for a, b in pairwise(planned):
+        assert a.stop_reach == b.start_reach
+        assert (b.start_reach > 0) == (b.start not in edges and min(a.rows, b.rows) > 1)
+    for unit in planned:
+        # However late it starts, there are rows in it.
+        assert unit.start + unit.start_reach < unit.stop
+        assert unit.rows + unit.stop_reach <= 1.5 * unit_rows
+    assert planned[0].start_reach == planned[-1].stop_reach == 0
+
+
+def test_a_limit_ends_the_plan_hard() -> None:
+    planned = plan_units([Shard(name, (40,), 0, SCHEMA) for name in "abc"], 20, 70)
+    assert [(u.shard, u.start, u.stop, u.start_reach, u.stop_reach) for u in planned] == [
+        ("a", 0, 20, 0, 10),
+        ("a", 20, 40, 10, 0),
+        ("b", 0, 20, 0, 5),
+        ("b", 20, 30, 5, 0),
+    ]
 
 
 def test_heavy_rows_make_smaller_units() -> None:
