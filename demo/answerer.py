@@ -1,87 +1,76 @@
 """Answer rows with the demo model in this process, without Ray: what ``demo.table`` and ``demo.picture`` measure and draw.
 
-The texts are those that ``python -m jobs.answer`` would give: same prompts, same trimming, greedy decoding in fp32. Only the
-vision tower's work is shared: its features depend on the image alone, so each image is encoded once for all questions and
+The engine, the prompts and the tiles are those of ``python -m jobs.answer``: greedy decoding in fp32. Encoded images outlive
+an engine, since nothing in them depends on a policy: each image goes through the vision tower once for all questions and
 policies.
 """
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
-from transformers import AutoProcessor, MllamaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
 from demo.shards import Row
-from pipeline.images import Tiler
+from pipeline.engine import Answer, Decoding, Engine, Limits, Prompt
+from pipeline.images import Tiler, Tiles, decode, digest
+from pipeline.model import find_checkpoint, load_model, load_processor
 from pipeline.prompts import Prompter
-from trimming import Policy, SampleTrim, trim
+from trimming import Policy
+from trimming.engine.vision import ImageCache, TowerTiles
 
 MAX_NEW_TOKENS = 40
 """A caption of six marked objects has 23 tokens."""
+LIMITS = Limits(kv_bytes=1 << 28)
+"""Room for 256 rows at once, whose keys and values take 0.7 MB each at most, and for all test images, 0.1 to 0.3 MB each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     row: Row
-    text: str
-    trim: SampleTrim
+    said: Answer
+    tiles: int
+    """Real tiles of its image."""
 
     @property
     def right(self) -> bool:
-        return self.text == self.row.answer
+        return self.said.text == self.row.answer
 
 
 class Answerer:
-    """A loaded model, its processor, and the tower's features of the images seen so far (0.5 MB each)."""
+    """A loaded model and its processor, with the tiles and the encoded images that its engines have seen so far."""
 
     def __init__(self, folder: Path) -> None:
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.processor.tokenizer.padding_side = "left"
-        self.model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        self.prompter, self.tiler = Prompter(self.processor), Tiler(self.processor)
-        self.tower = _RememberingTower(self.model.model.vision_model)
+        checkpoint = find_checkpoint(str(folder), None)
+        self.processor = load_processor(checkpoint)
+        self.model = load_model(checkpoint, "float32", torch.device("cpu"))
+        self.tiler = Tiler(self.processor)
+        self.tokens = cache(Prompter(self.processor).tokens)
+        self._tiles: dict[str, Tiles] = {}
+        self._encoded: dict[TowerTiles, ImageCache] = {}
 
-    def prompt(self, question: str) -> str:
-        return self.prompter.text(question, images=1)
+    def engine(self, policy: Policy, tower_tiles: TowerTiles = "all") -> Engine:
+        """An engine that has what earlier ones of the same ``tower_tiles`` encoded; only one of these may run at once."""
+        decoding = Decoding(max_new_tokens=MAX_NEW_TOKENS)
+        engine = Engine(self.model, self.processor, policy, "meta", decoding, LIMITS, tower_tiles)
+        engine.batch.images = self._encoded.setdefault(tower_tiles, engine.batch.images)
+        return engine
 
-    @torch.inference_mode()
-    def answer(self, rows: list[Row], policy: Policy) -> list[Answered]:
-        """One batch."""
-        inputs = self.processor(
-            # One list a sample: a flat list would give the first sample all the images.
-            images=[[Image.open(io.BytesIO(row.image)).convert("RGB")] for row in rows],
-            text=[self.prompt(row.question) for row in rows],
-            add_special_tokens=False,  # the template has begun the text
-            padding=True,
-            return_tensors="pt",
-        )
-        self.tower.names = [row.path for row in rows]
-        with trim(self.model, policy) as trimmed:
-            trimmed.sample_ids = [row.id for row in rows]
-            output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        told = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [Answered(row, text.strip(), sample) for row, text, sample in zip(rows, told, trimmed.samples, strict=True)]
+    def answer(self, engine: Engine, rows: Iterable[Row]) -> Iterator[Answered]:
+        """The rows in order, each as soon as it is answered; all of them wait in the engine from the start."""
+        asked = [(row, self._prompt(row)) for row in rows]
+        futures = [engine.submit(prompt) for _, prompt in asked]
+        for (row, prompt), future in zip(asked, futures, strict=True):
+            while not future.done():
+                engine.batch.step()
+            said = engine.answer(len(prompt.tokens), future.result())
+            yield Answered(row, said, len(prompt.images[0].pixels))
 
-
-class _RememberingTower:
-    """Stands before the vision tower's ``forward`` and computes only images it has not seen."""
-
-    def __init__(self, vision: Any) -> None:
-        self.compute, self.seen = vision.forward, {}  # type: Any, dict[str, Tensor]
-        self.names: list[str] = []
-        vision.forward = self
-
-    def __call__(self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor, **_: Any) -> BaseModelOutput:
-        first = {name: row for row, name in reversed(list(enumerate(self.names))) if name not in self.seen}
-        if first:
-            pick = torch.tensor(list(first.values()))
-            output = self.compute(pixel_values[pick], aspect_ratio_ids[pick], aspect_ratio_mask[pick])
-            self.seen.update(zip(first, output.last_hidden_state, strict=True))
-        return BaseModelOutput(last_hidden_state=torch.stack([self.seen[name] for name in self.names]))
+    def _prompt(self, row: Row) -> Prompt:
+        key = digest(row.image)
+        if key not in self._tiles:
+            self._tiles[key] = self.tiler(decode(row.image))
+        return Prompt(row.id, self.tokens(row.question, 1), [self._tiles[key]], [key])

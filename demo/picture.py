@@ -65,14 +65,14 @@ def strip(answerer: Answerer, index: int, k_ratios: Iterable[float]) -> Image.Im
     (row,) = next(iter(caption_rows(index)))
     image = Image.open(io.BytesIO(row.image)).convert("RGB")
     grid = answerer.tiler(image).grid
-    (full,) = answerer.answer([row], KeepAll())
+    (full,) = answerer.answer(answerer.engine(KeepAll()), [row])
     tiles = grid[0] * grid[1]
     title = f"{image.width} by {image.height} pixels, {tiles} tile{'s' if tiles > 1 else ''}: {row.question}"
     panels = [panel(image, title, full)]
     for k in k_ratios:
-        (answered,) = answerer.answer([row], TrimmedLlama(k_ratio=k))
-        veiled = veil(image, answered.trim.kept.tolist(), grid)
-        panels.append(panel(veiled, f"K = {k:g}: {answered.trim.keep_fraction:.0%} of the features kept", answered))
+        (answered,) = answerer.answer(answerer.engine(TrimmedLlama(k_ratio=k)), [row])
+        veiled = veil(image, answered.said.kept, grid)
+        panels.append(panel(veiled, f"K = {k:g}: {answered.said.keep_fraction:.0%} of the features kept", answered))
     out = Image.new("RGB", (len(panels) * (PANEL + GAP) + GAP, max(p.height for p in panels)), PAPER)
     for place, each in enumerate(panels):
         out.paste(each, (GAP + place * (PANEL + GAP), 0))
@@ -122,7 +122,7 @@ def panel(image: Image.Image, title: str, answered: Answered) -> Image.Image:
     """The picture in a frame, its title above, the caption below: in red where it is not exact."""
     ratio = min(PANEL / image.width, PANEL * 0.75 / image.height)
     shown = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.LANCZOS)
-    lines = textwrap.wrap(answered.text or "(nothing)", width=44, max_lines=3)
+    lines = textwrap.wrap(answered.said.text or "(nothing)", width=44, max_lines=3)
     out = Image.new("RGB", (PANEL, 2 * LINE + shown.height + 8 + LINE * len(lines)), PAPER)
     canvas = ImageDraw.Draw(out)
     font = ImageFont.load_default(size=14)

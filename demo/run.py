@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -71,7 +72,7 @@ class Run:
     name: str
     folder: Path
     table: pa.Table = field(default=None)
-    summary: dict[str, float] = field(init=False)
+    summary: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.table is None:
@@ -104,7 +105,7 @@ def report(runs: Sequence[Run]) -> str:
             lines += ["", title]
             lines += [columns(f"  {name}", [value(part) for part in parts]) for name, value in set_lines(parts[0])]
     lines += ["", columns("images a second", [images_per_second(run) for run in runs])]
-    return "\n".join(lines)
+    return "\n".join(lines + [columns(name, [value(run) for run in runs]) for name, value in ENGINE_LINES])
 
 
 def set_lines(run: Run) -> Lines:
@@ -132,6 +133,25 @@ def images_per_second(run: Run) -> str:
     """Of the start that finished the run; none if an earlier start had done part of the work."""
     whole = run.summary["rows_this_start"] == run.summary["rows"]
     return f"{run.summary['images'] / run.summary['seconds_working']:.0f}" if whole else "-"
+
+
+def counted(name: str, run: Run) -> str:
+    return f"{run.summary[name]:,}"
+
+
+def stage_seconds(stage: str, run: Run) -> str:
+    return f"{run.summary['seconds_per_stage'].get(stage, 0):.1f}"
+
+
+ENGINE_LINES: Lines = [
+    ("  encoded", partial(counted, "images_encoded")),
+    ("  shared with another row", partial(counted, "image_hits")),
+    ("rows at once, most", partial(counted, "peak_sequences")),
+    ("seconds in the tower", partial(stage_seconds, "tower")),
+    ("  in prefill", partial(stage_seconds, "prefill")),
+    ("  in decoding", partial(stage_seconds, "decode")),
+]
+"""What the engine did, over the whole run."""
 
 
 def policy_title(name: str) -> str:

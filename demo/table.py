@@ -1,8 +1,9 @@
 """Measure accuracy by kind of question, full and trimmed: ``python -m demo.table --output demo/results``.
 
-Over easy-VQA's whole test split and held-out scenes: the full model; ``TrimmedLlama`` at K = 0.25, 0.15 and 0.05; and beside
-each of these ``Random`` and ``Grid`` at the mean kept fraction that TrimmedLlama was just measured to have on that data set.
-Writes ``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at the end.
+Over easy-VQA's whole test split and held-out scenes: the full model; the full model with padding tiles left out of its vision
+tower; ``TrimmedLlama`` at K = 0.25, 0.15 and 0.05; and beside each of these ``Random`` and ``Grid`` at the mean kept fraction
+that TrimmedLlama was just measured to have on that data set. All of it goes through the engine that the jobs run. Writes
+``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -20,18 +20,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.conditions import commit, processor
 from demo import scenes, shards
 
 if TYPE_CHECKING:
     from demo.answerer import Answerer
+    from pipeline.engine import Engine
     from trimming import Policy
+    from trimming.engine.vision import TowerTiles
 
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIOS = (0.25, 0.15, 0.05)
 WEAK = 0.80
 """A kind answered less often than this is named."""
+PROGRESS_ROWS = 64
+ELSEWHERE = {Path("engine/cuda.py"), Path("engine/triton_attention.py")}
+"""Modules of ``trimming`` that only a GPU runs."""
 
 Result = dict[str, Any]
+Counts = defaultdict[str, dict[str, int]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of accuracy.json and accuracy.md")
     parser.add_argument("--easy-vqa", type=int, metavar="N", default=shards.EASY_VQA_QUESTIONS["test"], help="default: all")
     parser.add_argument("--scenes", type=int, metavar="N", default=500, help="default: %(default)s, six questions each")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=64)
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; default: torch's own choice")
     options = parser.parse_args(arguments)
 
@@ -59,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: Result = {"measured": identity(options.model, {name: len(rows) for name, rows in sets.items()}), "results": {}}
     if file.exists() and (old := json.loads(file.read_text())).get("measured") == report["measured"]:
         report = old
-    report["conditions"] = conditions(options.batch_size)
+    report["conditions"] = conditions()
     answerer = Answerer(options.model)
     for name, rows in sets.items():
         results = report["results"].setdefault(name, {})
         for label in labels():
             if label not in results:
-                results[label] = measure(answerer, rows, policy_of(label, results), options.batch_size, f"{name}, {label}")
+                engine = answerer.engine(policy_of(label, results), tower_tiles_of(label))
+                results[label] = measure(answerer, engine, rows, f"{name}, {label}")
                 write(file, json.dumps(report, indent=1) + "\n")
     write(options.output / "accuracy.md", markdown(report))
     print(markdown(report))
@@ -76,8 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def labels() -> Iterator[str]:
-    """The columns: ``full``, then for each K the method and its controls, named after the K whose kept fraction they match."""
-    yield "full"
+    """The columns: everything kept, exactly and by the tower's approximation; for each K the method and its controls, named
+    after the K whose kept fraction they match."""
+    yield from ("full", "real-tiles")
     for k in K_RATIOS:
         yield from (f"trimmed-llama {k}", f"random {k}", f"grid {k}")
 
@@ -87,7 +95,7 @@ def policy_of(label: str, results: dict[str, Result]) -> Policy:
     from trimming import Grid, KeepAll, Random, TrimmedLlama
 
     name, _, k = label.partition(" ")
-    if name == "full":
+    if name in ("full", "real-tiles"):
         return KeepAll()
     if name == "trimmed-llama":
         return TrimmedLlama(k_ratio=float(k))
@@ -95,74 +103,87 @@ def policy_of(label: str, results: dict[str, Result]) -> Policy:
     return Random(keep=keep) if name == "random" else Grid(keep=keep)
 
 
-def measure(answerer: Answerer, rows: list[shards.Row], policy: Policy, batch_size: int, title: str) -> Result:
-    """Answer all ``rows``; counts by kind, the mean kept fraction over rows, summed cache bytes."""
-    asked: dict[str, int] = defaultdict(int)
-    right: dict[str, int] = defaultdict(int)
+def tower_tiles_of(label: str) -> TowerTiles:
+    return "real" if label == "real-tiles" else "all"
+
+
+def measure(answerer: Answerer, engine: Engine, rows: list[shards.Row], title: str) -> Result:
+    """Answer all ``rows``; counts by kind and by the image's tiles, the mean kept fraction over rows, summed cache bytes."""
+    kinds: Counts = defaultdict(lambda: {"rows": 0, "right": 0})
+    tiles: Counts = defaultdict(lambda: {"rows": 0, "right": 0})
     kept, bytes_full, bytes_kept, began = 0.0, 0, 0, time.monotonic()
-    # Captions apart, as one long answer keeps its whole batch decoding. The sort is stable: images stay together.
-    ordered = sorted(rows, key=lambda row: row.kind == "caption")
-    for start in range(0, len(ordered), batch_size):
-        for answered in answerer.answer(ordered[start : start + batch_size], policy):
-            asked[answered.row.kind] += 1
-            right[answered.row.kind] += answered.right
-            kept += answered.trim.keep_fraction or 0.0
-            bytes_full += answered.trim.cross_kv_bytes_full
-            bytes_kept += answered.trim.cross_kv_bytes
-        done = min(start + batch_size, len(ordered))
-        print(f"\r{title}: {done:,} of {len(ordered):,}", end="", file=sys.stderr, flush=True)
+    for done, answered in enumerate(answerer.answer(engine, rows), 1):
+        for counts in (kinds[answered.row.kind], tiles[str(answered.tiles)]):
+            counts["rows"] += 1
+            counts["right"] += answered.right
+        kept += answered.said.keep_fraction or 0.0
+        bytes_full += answered.said.cross_kv_bytes_full
+        bytes_kept += answered.said.cross_kv_bytes
+        if done % PROGRESS_ROWS == 0:
+            print(f"\r{title}: {done:,} of {len(rows):,}", end="", file=sys.stderr, flush=True)
     seconds = time.monotonic() - began
-    accuracy = sum(right.values()) / len(rows)
+    accuracy = sum(counts["right"] for counts in kinds.values()) / len(rows)
     print(f"\r{title}: {accuracy:.1%} right, {kept / len(rows):.1%} kept, {seconds:.0f} s", file=sys.stderr)
     return {
-        "policy": repr(policy),
+        "policy": repr(engine.batch.policy),
         "rows": len(rows),
         "accuracy": round(accuracy, 4),
         "keep_fraction": round(kept / len(rows), 4),
         "cross_kv_bytes_full": bytes_full,
         "cross_kv_bytes": bytes_kept,
-        "kinds": {kind: {"rows": asked[kind], "right": right[kind]} for kind in sorted(asked)},
+        "kinds": dict(sorted(kinds.items())),
+        "tiles": dict(sorted(tiles.items())),
         "seconds": round(seconds, 1),
+        "images_encoded": engine.batch.statistics.images_encoded,
+        "tower_seconds": round(engine.batch.seconds["tower"], 1),
     }
 
 
 def identity(model: Path, rows: dict[str, int]) -> Result:
     """What the numbers depend on; a report of another identity is not continued."""
-    code = [*sorted((ROOT / "trimming").rglob("*.py")), *(ROOT / "demo" / f"{n}.py" for n in ("scenes", "easy_vqa", "shards"))]
+    settings = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja"))
     return {
-        "model_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
-        "code_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
+        "model_sha256": sha256(model / "model.safetensors"),
+        "model_settings_sha256": digest(settings),
+        "code_sha256": digest(code()),
         "rows": rows,
         "k_ratios": list(K_RATIOS),
     }
 
 
-def conditions(batch_size: int) -> Result:
+def code() -> list[Path]:
+    """The files that decide which rows are asked and what is answered to them on a CPU."""
+    trimming = [path for path in (ROOT / "trimming").rglob("*.py") if path.relative_to(ROOT / "trimming") not in ELSEWHERE]
+    asking = [ROOT / "pipeline" / f"{name}.py" for name in ("engine", "images", "model", "prompts")]
+    asked = [ROOT / "demo" / f"{name}.py" for name in ("answerer", "easy_vqa", "scenes", "shards")]
+    return sorted([*trimming, *asking, *asked])
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Of the files' names and contents."""
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def conditions() -> Result:
     import torch
     import transformers
 
-    cpu = [line.split(":")[1].strip() for line in _text("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    from demo.answerer import LIMITS
+
     return {
-        "commit": _git("rev-parse", "HEAD") + (" and uncommitted changes" if _git("status", "--porcelain") else ""),
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "hardware": f"{os.cpu_count()} cores, {cpu[0] if cpu else platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{os.cpu_count()} cores, {processor()}, {torch.get_num_threads()} threads",
         "dtype": "float32",
         "decoding": "greedy",
-        "batch_size": batch_size,
+        "rows_at_once": LIMITS.max_sequences,
     }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _text(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def write(path: Path, text: str) -> None:
@@ -183,13 +204,17 @@ def markdown(report: Result) -> str:
         heads = ["question", "rows", "full"]
         for label in list(results)[1:]:
             policy, _, k = label.partition(" ")
-            heads.append(f"K = {k}" if policy == "trimmed-llama" else policy)
+            heads.append(f"K = {k}" if policy == "trimmed-llama" else policy.replace("-", " "))
         lines += [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
         for kind, counts in full["kinds"].items():
             lines.append(row([kind, f"{counts['rows']:,}", *(percent(share(result, kind)) for result in results.values())]))
         if "caption" in full["kinds"]:
             asked = full["rows"] - full["kinds"]["caption"]["rows"]
             lines.append(row(["all but captions", f"{asked:,}", *(percent(without_captions(r)) for r in results.values())]))
+        if len(full["tiles"]) > 1:
+            for tiles, counts in full["tiles"].items():
+                shares = (percent(share(result, tiles, "tiles")) for result in results.values())
+                lines.append(row([f"on images of {count(tiles, 'tile')}", f"{counts['rows']:,}", *shares]))
         lines.append(row(["**all**", f"{full['rows']:,}", *(f"**{percent(r['accuracy'])}**" for r in results.values())]))
         lines.append(row(["features kept", "", *(percent(result["keep_fraction"]) for result in results.values())]))
         saved = (1 - result["cross_kv_bytes"] / result["cross_kv_bytes_full"] for result in results.values())
@@ -199,16 +224,32 @@ def markdown(report: Result) -> str:
             weak = [f"{kind} {percent(share(result, kind))}" for kind in result["kinds"] if share(result, kind) < WEAK]
             lines.append(f"- {label}: {', '.join(weak) or 'none'}")
     listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
-    digest = report["measured"]["model_sha256"][:12]
     lines += [
         "",
-        f"random and grid: at the kept fraction measured for the K on their left. Conditions: {listed}; model {digest}.",
+        "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
+        f"them; an image of four tiles has none. {' '.join(map(tower, report['results'], report['results'].values()))}",
+        "",
+        "random and grid: at the kept fraction measured for the K on their left.",
+        "",
+        f"Conditions: {listed}; model {report['measured']['model_sha256'][:12]}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def share(result: Result, kind: str) -> float:
-    counts = result["kinds"][kind]
+def tower(name: str, results: dict[str, Result]) -> str:
+    """What real tiles save, and on which images."""
+    full, real = results["full"], results["real-tiles"]
+    tiles = ", ".join(f"{counts['rows']:,} on {count(tiles, 'tile')}" for tiles, counts in full["tiles"].items())
+    seconds = f"{full['tower_seconds']} s for its {full['images_encoded']:,} images, {real['tower_seconds']} s with real tiles"
+    return f"{name} ({tiles}): the tower takes {seconds}."
+
+
+def count(number: str, thing: str) -> str:
+    return f"{number} {thing}{'' if number == '1' else 's'}"
+
+
+def share(result: Result, kind: str, by: str = "kinds") -> float:
+    counts = result[by][kind]
     return counts["right"] / counts["rows"]
 
 

@@ -15,7 +15,8 @@ from demo.answerer import Answerer
 from demo.architecture import build_model, build_processor
 from demo.shards import Row, easy_vqa_rows, scene_rows
 from demo.train import easy_vqa_texts
-from trimming import KeepAll, TrimmedLlama, trim
+from pipeline.prompts import Prompter
+from trimming import KeepAll, Policy, Random, SampleTrim, TrimmedLlama, trim
 
 MODEL = Path(__file__).parent.parent / "demo/model"
 
@@ -61,36 +62,66 @@ def test_the_committed_processor_is_the_one_the_code_builds() -> None:
 
 def test_it_answers_what_it_was_not_trained_on(answerer: Answerer, rows: list[Row]) -> None:
     """A floor far under what the README's table reports: it tells broken weights or prompts, not a worse training."""
-    answered = [a for start in range(0, len(rows), 64) for a in answerer.answer(rows[start : start + 64], KeepAll())]
+    answered = list(answerer.answer(answerer.engine(KeepAll()), rows))
     easy = [a.right for a in answered if a.row.id.startswith("easy-vqa/")]
     scene = [a.right for a in answered if a.row.id.startswith("scenes/")]
     assert sum(easy) / len(easy) >= 0.9
     assert sum(scene) / len(scene) >= 0.6
 
 
-def test_remembered_images_change_no_answer(answerer: Answerer, rows: list[Row]) -> None:
-    """Against a second model that encodes every image itself, one row at a time."""
-    some = rows[124:134]
+@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.25), Random(keep=0.4)], ids=repr)
+def test_the_engine_says_what_generate_says(answerer: Answerer, rows: list[Row], policy: Policy) -> None:
+    """What the table measures is the method: against ``generate`` under ``trim``, one row at a time, on both data sets."""
+    some = [*rows[:10], *rows[-48:]]
     model = MllamaForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
-    ours = [answered.text for answered in answerer.answer(some, KeepAll())]
-    assert ours == [plain_answer(answerer, model, row) for row in some]
+    answered = list(answerer.answer(answerer.engine(policy), some))
+    assert [a.row for a in answered] == some
+    assert {a.tiles for a in answered} == {1, 2, 3, 4}
+    for ours in answered:
+        text, sample = plain_answer(answerer, model, ours.row, policy)
+        assert ours.said.text == text
+        assert ours.said.kept == sample.kept.tolist()
+        assert ours.said.cross_kv_bytes == sample.cross_kv_bytes
+        assert ours.said.cross_kv_bytes_full == sample.cross_kv_bytes_full
 
 
-def plain_answer(answerer: Answerer, model: MllamaForConditionalGeneration, row: Row) -> str:
+def plain_answer(answerer: Answerer, model: MllamaForConditionalGeneration, row: Row, policy: Policy) -> tuple[str, SampleTrim]:
     inputs = answerer.processor(
         images=[[Image.open(io.BytesIO(row.image)).convert("RGB")]],
-        text=[answerer.prompt(row.question)],
-        add_special_tokens=False,
+        text=[Prompter(answerer.processor).text(row.question, images=1)],
+        add_special_tokens=False,  # the template has begun the text
         return_tensors="pt",
     )
     # Under Meta's rows, as the weights were trained.
-    with torch.inference_mode(), trim(model, KeepAll()):
+    with torch.inference_mode(), trim(model, policy) as trimmed:
+        trimmed.sample_ids = [row.id]
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     text: str = answerer.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    return text.strip(), trimmed.samples[0]
+
+
+def test_an_image_is_encoded_once_for_all_policies_but_apart_with_real_tiles(rows: list[Row]) -> None:
+    answerer, some = Answerer(MODEL), rows[-12:]
+    full, trimmed, real, again = (
+        answerer.engine(KeepAll()),
+        answerer.engine(TrimmedLlama(k_ratio=0.25)),
+        answerer.engine(KeepAll(), "real"),
+        answerer.engine(KeepAll()),
+    )
+    texts = [[a.said.text for a in answerer.answer(engine, some)] for engine in (full, trimmed, real, again)]
+    assert [e.batch.statistics.images_encoded for e in (full, trimmed, real, again)] == [2, 0, 2, 0]
+    assert texts[0] == texts[3]
+
+
+def test_real_tiles_leave_images_of_four_tiles_as_they_are(answerer: Answerer, rows: list[Row]) -> None:
+    answered = list(answerer.answer(answerer.engine(KeepAll()), rows[-120:]))
+    real = list(answerer.answer(answerer.engine(KeepAll(), "real"), rows[-120:]))
+    four = [pair for pair in zip(answered, real, strict=True) if pair[0].tiles == 4]
+    assert four
+    assert all(a.said == b.said for a, b in four)
 
 
 def test_trimming_keeps_less_and_the_model_still_answers(answerer: Answerer, rows: list[Row]) -> None:
-    answered = answerer.answer(rows[:64], TrimmedLlama(k_ratio=0.25))
-    assert all(0.25 <= (a.trim.keep_fraction or 0) < 1 for a in answered)
+    answered = list(answerer.answer(answerer.engine(TrimmedLlama(k_ratio=0.25)), rows[:64]))
+    assert all(0.25 <= (a.said.keep_fraction or 0) < 1 for a in answered)
     assert sum(a.right for a in answered) >= 0.8 * len(answered)

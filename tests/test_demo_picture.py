@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from demo import scenes
+from demo.answerer import Answerer
 from demo.architecture import build_processor
-from demo.picture import PER_SIDE, TOKENS, patch_box, veil
+from demo.picture import GAP, PANEL, PER_SIDE, ROOT, TOKENS, first_of_each_tile_count, patch_box, strip, veil
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,14 @@ def test_kept_patches_stay_clear_and_the_rest_is_veiled() -> None:
     assert veiled.getpixel((440, 440)) == (250, 0, 0)
     assert veiled.getpixel((200, 200)) != (250, 0, 0)
     assert np.array(veil(image, range(TOKENS), (1, 1))).reshape(-1, 3).min(0).tolist() == [250, 0, 0]
+
+
+def test_a_scene_becomes_a_row_of_panels_and_each_veils_more_than_the_one_before() -> None:
+    answerer = Answerer(ROOT / "demo/model")
+    index = first_of_each_tile_count(answerer)[1]
+    row = np.array(strip(answerer, index, [0.25, 0.05]))
+    assert row.shape[1] == 3 * (PANEL + GAP) + GAP
+    panels = [row[:, GAP + i * (PANEL + GAP) :][:, :PANEL] for i in range(3)]
+    veiled = [int((panel.max(-1) < 130).sum()) for panel in panels]
+    assert veiled == sorted(veiled)
+    assert veiled[0] < veiled[2]

@@ -31,7 +31,16 @@ def finished_run(folder: Path, keep: float) -> Path:
     ]
     pq.write_table(pa.Table.from_pylist([row | k for row, k in zip(ROWS, kept, strict=True)]), folder / "part.parquet")
     (folder / ".run").mkdir()
-    summary = {"rows": 5, "rows_this_start": 5, "images": 4, "seconds_working": 0.5}
+    summary = {
+        "rows": 5,
+        "rows_this_start": 5,
+        "images": 4,
+        "seconds_working": 0.5,
+        "images_encoded": 1_003,
+        "image_hits": 1,
+        "peak_sequences": 4,
+        "seconds_per_stage": {"tower": 0.25, "prefill": 0.11, "read": 0.01},
+    }
     (folder / ".run/summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -54,6 +63,13 @@ def test_report_sets_both_runs_side_by_side(tmp_path: Path) -> None:
     assert line(report, "cross-attention KV") == ["2.0", "MB", "1.0", "MB"]
     assert line(report, "saved") == ["0.0%", "50.0%"]
     assert line(report, "images a second") == ["8", "8"]
+    assert line(report, "encoded") == ["1,003", "1,003"]
+    assert line(report, "shared with another row") == ["1", "1"]
+    assert line(report, "rows at once, most") == ["4", "4"]
+    assert line(report, "seconds in the tower") == ["0.2", "0.2"]
+    assert line(report, "in prefill") == ["0.1", "0.1"]
+    # Nothing was decoded: the stage is not there.
+    assert line(report, "in decoding") == ["0.0", "0.0"]
 
 
 def test_speed_of_a_run_in_several_starts_is_not_told(tmp_path: Path) -> None:
