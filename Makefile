@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo test lint clean
+.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo bench bench-gpu test lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,12 @@ demo-picture: .venv ## draw the kept features over held-out scenes
 
 train-demo: .venv ## train the demo model from scratch (an hour and more on CPU; resumable)
 	$(BIN)/python -m demo.train --work build/demo-train --output demo/model
+
+bench: .venv ## measure the engine beside transformers' generate on this machine (half an hour on two idle cores)
+	$(BIN)/python -m benchmarks.cpu --output benchmarks/results
+
+bench-gpu: .venv ## the same at the 11B's size on one GPU, beside its roofline; says so where there is none
+	$(BIN)/python -m benchmarks.gpu --output benchmarks/results
 
 test: .venv ## run the test suite, offline and on CPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

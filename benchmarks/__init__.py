@@ -1,0 +1,1 @@
+"""The batch engine measured against the recipe users have today: ``python -m benchmarks.cpu``."""

@@ -1,0 +1,38 @@
+"""How much is measured. Imports nothing heavy: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amounts:
+    """The defaults end within half an hour on two cores."""
+
+    tiny: bool = False
+    """The tiny model instead of the one with Llama-3.2-Vision's proportions."""
+    captions: int = 128
+    """Captioning images, one prompt each."""
+    questions: int = 26
+    """Images with five questions each."""
+    four_tiles: int = 48
+    """Four-tile images of the load that decoding is measured on."""
+    prefills: int = 40
+    """Images of the prefills that selection is measured on."""
+    turns: int = 7
+    """Such prefills with either policy."""
+    rounds: int = 3
+    """Passes of every other contender, at most."""
+    minutes: float = 28.0
+    """No round begins that would not end in this time, what comes after it included."""
+    max_sequences: int = 128
+    """Rows that the engine decodes at once, at most: the peer's largest batch."""
+    budget_sequences: int = 8
+    """Untrimmed four-tile rows that the fixed budget of KV bytes has room for."""
+    seed: int = 0
+
+
+QUICK = Amounts(
+    tiny=True, captions=8, questions=2, four_tiles=6, prefills=4, turns=2, rounds=1, max_sequences=4, budget_sequences=2
+)
+"""Shows that everything runs, and measures nothing."""

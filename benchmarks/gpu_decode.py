@@ -1,0 +1,170 @@
+"""One decode step by batch size, all features and half of them, beside the roofline."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.gpu_bench import Bench, Result
+from benchmarks.gpu_tower import random_images
+from benchmarks.half import HALF
+from benchmarks.ours import Ours
+from benchmarks.roofline import each_seconds, queued_seconds
+from benchmarks.timing import spread
+from pipeline.images import Normaliser
+from trimming import Grid, KeepAll, Policy
+from trimming.costs import Look
+from trimming.engine import Image, Request
+from trimming.engine.memory import GRAIN, Memory, spare_bytes
+from trimming.engine.scheduler import SLOT_GRAIN, out_of_memory
+from trimming.engine.sequence import Encoded, ceil_to
+from trimming.engine.vision import Tower
+
+TILES = 4
+ENCODED = 4
+"""Images that go through the tower; sequences take theirs from them in turn."""
+WARM_STEPS = 3
+BATCH_SECONDS = 45.0
+"""That a batch size is taken to need, most of it for prefills and for capturing a graph."""
+POLICIES: dict[str, Policy] = {"full": KeepAll(), "half": Grid(keep=HALF)}
+"""A step does not see which features stay, only how many: an even grid keeps exactly half."""
+
+
+def measure_decode(bench: Bench, out: Result) -> None:
+    """Fills ``out`` by policy, then by batch size. A batch that there is no time for is left out."""
+    encoded = _encode(bench)
+    out["conditions"] = {"prompt": bench.amounts.prompt, "said": bench.amounts.said, "tiles": TILES}
+    for name, policy in POLICIES.items():
+        bench.release()
+        crowd = Crowd(bench, policy, encoded)
+        batches: Result = {}
+        part: Result = {"kv_room_bytes": crowd.kv_bytes, "largest": crowd.largest, "kept": crowd.kept, "batches": batches}
+        part["slot_tokens"] = crowd.capacity
+        out[name] = part
+        for batch in sorted({*(b for b in bench.amounts.batches if b <= crowd.largest), crowd.largest}):
+            if not bench.has(BATCH_SECONDS):
+                bench.say(f"decode: {name}, batch {batch}: no time")
+                break
+            failed = _measure(bench, crowd, batch, batches)
+            bench.save()
+            if failed:
+                bench.say(f"decode: {name}, batch {batch}: out of memory")
+                break
+            bench.say(f"decode: {name}, batch {batch}: {batches[str(batch)]['seconds']['median'] * 1e3:.2f} ms")
+        part["peak_bytes"] = bench.peak_bytes()
+        # Its memory is the next one's.
+        del crowd
+
+
+def _measure(bench: Bench, crowd: Crowd, batch: int, out: Result) -> bool:
+    """Whether memory ran out."""
+    try:
+        out[str(batch)] = crowd.measure(batch)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        out[str(batch)] = {"error": "out of memory"}
+        return True
+    return False
+
+
+@torch.inference_mode()
+def _encode(bench: Bench) -> list[Encoded]:
+    tower = Tower(bench.model, Normaliser(bench.processor, bench.device, bench.model.dtype))
+    features = tower.encode(random_images(bench, TILES, ENCODED))
+    return [Encoded(TILES, each.clone()) for each in features]
+
+
+class Crowd:
+    """An engine whose sequences all stand where a captioning job's do half-way: each with a prompt, some tokens said, and an
+    image of four tiles of its own.
+
+    Their prompts are as long as prompt and said tokens together, which leaves the same cache. Images have keys of their own, so
+    that no two sequences share keys and values, but few features between them.
+    """
+
+    def __init__(self, bench: Bench, policy: Policy, encoded: Sequence[Encoded]) -> None:
+        self.bench, self.encoded, amounts = bench, encoded, bench.amounts
+        self.context = amounts.prompt + amounts.said
+        # More than any sequence says before it is rewound: none may end.
+        self.more = 2 + WARM_STEPS + amounts.steps
+        self.capacity = ceil_to(self.context + self.more, SLOT_GRAIN)
+        visual = TILES * bench.costs.tokens
+        self.kept: int = round(visual * HALF) if isinstance(policy, Grid) else visual
+        self.kv_bytes = amounts.kv_bytes or spare_bytes(bench.device)
+        # A memory without room knows the sizes.
+        rule = Memory(bench.costs.geometry, 0, bench.model.dtype, bench.device)
+        layers, width = bench.costs.geometry.cross_layers, bench.costs.geometry.head_dim
+        one = rule.slot_elements_for(self.capacity)
+        one += rule.segment_elements_for([self.kept] * layers, [width] * layers, [width] * layers)
+        self.largest = self.kv_bytes // rule.itemsize // GRAIN * GRAIN // one
+        # The cache counts an image's features once for each key.
+        limit = 1 << 50
+        self.engine = Ours(bench.model, bench.processor, self.largest, self.kv_bytes).engine(policy, limit)
+        self.submitted = 0
+
+    @torch.inference_mode()
+    def measure(self, batch: int) -> Result:
+        """The step of ``batch`` sequences."""
+        bench, engine, steps = self.bench, self.engine, self.bench.amounts.steps
+        self._fill(batch)
+        for _ in range(WARM_STEPS):
+            engine.step()
+        self._rewind()
+        # Has the rows' places uploaded before the clock starts, here and below.
+        engine.step()
+        seconds = each_seconds(bench.device, engine.step, steps)
+        self._rewind()
+        engine.decode.step()
+        queued = queued_seconds(bench.device, engine.decode.step, steps)
+        self._rewind()
+        if len(engine.decode.running) != batch:
+            # The engine itself sends sequences back when memory runs out.
+            raise torch.OutOfMemoryError(f"{batch} sequences do not decode side by side")
+        cost = bench.costs.decode([self.context + 1 + steps // 2] * batch, [Look(1, self.kept, self.kept)] * batch)
+        floor, median = bench.rates.floor([cost]), statistics.median(seconds)
+        return {
+            "seconds": spread(seconds),
+            "queued_seconds": queued,
+            "tokens_per_second": batch / median,
+            "operations": cost.operations,
+            "bytes": cost.bytes,
+            "kv_bytes": batch * bench.costs.kv_bytes(self.context, self.kept),
+            "roofline_seconds": floor,
+            "bound": bench.rates.bound(cost),
+            "roofline_share": floor / median,
+            "queued_roofline_share": floor / queued,
+        }
+
+    def _fill(self, batch: int) -> None:
+        """Prefills until so many run. Not by ``Engine.step``, which decodes between prefills and admits by estimates."""
+        engine, running = self.engine, self.engine.decode.running
+        for _ in range(batch - len(running)):
+            engine.submit(self._request())
+        while len(running) < batch:
+            if not engine.waiting or not engine._start(list(engine.waiting)[: engine.prefill_sequences]):
+                raise RuntimeError(f"{len(running)} sequences run, and no more: {batch} were to fit")
+        kept = {s.trim.kept_visual_tokens for s in running if s.trim}
+        if kept != {self.kept}:
+            raise RuntimeError(f"sequences keep {kept} visual tokens instead of {self.kept}")
+
+    def _request(self) -> Request:
+        """One with an image of its own, which counts as encoded."""
+        key = f"sequence {self.submitted}"
+        self.engine.images.put(key, self.encoded[self.submitted % len(self.encoded)])
+        self.submitted += 1
+        word = len(self.bench.processor.tokenizer) // 2
+        tokens = [self.bench.model.config.image_token_index, *[word] * (self.context - 1)]
+        # Nothing looks at its pixels but for their number of tiles.
+        image = Image(key, torch.zeros(TILES, 0, dtype=torch.uint8), 1)
+        return Request(id=key, tokens=tokens, images=[image], max_new_tokens=self.more)
+
+    def _rewind(self) -> None:
+        """Back to where the prefills ended: what was written behind is written again."""
+        decode = self.engine.decode
+        decode.positions = [self.context] * len(decode.running)
+        decode.changed = True
+        for sequence in decode.running:
+            del sequence.said[1:]

@@ -1,0 +1,68 @@
+"""The vision tower and the projector: images a second by tile count, exact and without padding tiles, beside the roofline."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+
+import torch
+
+from benchmarks.gpu_bench import Bench, Result
+from benchmarks.roofline import each_seconds
+from pipeline.images import Normaliser, Tiler
+from trimming.engine import Image
+from trimming.engine.vision import Tower, TowerTiles
+
+TILE_COUNTS = (1, 2, 4)
+MODES: tuple[TowerTiles, ...] = ("all", "real")
+
+
+def measure_tower(bench: Bench, out: Result) -> None:
+    """Fills ``out`` by tile count and by ``tower_tiles``. All tiles lie on the device already."""
+    normalise = Normaliser(bench.processor, bench.device, bench.model.dtype)
+    count = bench.amounts.tower_images
+    out["images"] = count
+    for tiles in TILE_COUNTS:
+        images = random_images(bench, tiles, count)
+        out[str(tiles)] = by_mode = {}
+        for mode in MODES:
+            if mode == "real" and tiles == max(TILE_COUNTS):
+                # Nothing is left out there.
+                continue
+            bench.release()
+            by_mode[mode] = _measure(bench, Tower(bench.model, normalise, mode), images, mode)
+            bench.say(f"tower: {tiles} tiles, {mode}: {by_mode[mode]['images_per_second']:.1f} images/s")
+            bench.save()
+
+
+def random_images(bench: Bench, tiles: int, count: int) -> list[Image]:
+    """Images of noise on the device, each of so many tiles."""
+    grids = Tiler(bench.processor).grids
+    ratio = next(i for i, (rows, columns) in enumerate(grids, 1) if rows * columns == tiles)
+    side = bench.model.config.vision_config.image_size
+    generator = torch.Generator(bench.device).manual_seed(bench.amounts.seed)
+    noise = partial(torch.randint, 0, 256, dtype=torch.uint8, device=bench.device, generator=generator)
+    return [Image(f"{tiles}/{i}", noise(size=(tiles, 3, side, side)), ratio) for i in range(count)]
+
+
+@torch.inference_mode()
+def _measure(bench: Bench, tower: Tower, images: list[Image], mode: TowerTiles) -> Result:
+    # Warms up as well: libraries pick their kernels at the first call.
+    for _ in range(2):
+        features = tower.encode(images)
+    if not features.isfinite().all():
+        raise RuntimeError("the tower's features are not finite: the weights are no measure of anything")
+    del features
+    taken = each_seconds(bench.device, lambda: tower.encode(images), bench.amounts.tower_runs)
+    tiles, count = len(images[0].pixels), len(images)
+    calls = [bench.costs.tower(tiles, count, mode), bench.costs.projector(tiles, count)]
+    seconds, floor = statistics.median(taken), bench.rates.floor(calls)
+    return {
+        "seconds": seconds,
+        "images_per_second": count / seconds,
+        "operations": sum(call.operations for call in calls),
+        "bytes": sum(call.bytes for call in calls),
+        "roofline_seconds": floor,
+        "roofline_share": floor / seconds,
+        "peak_bytes": bench.peak_bytes(),
+    }

@@ -1,0 +1,163 @@
+"""What is measured, in which order: half of the features, the peer's batch sizes, what selection costs, then all in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks import workloads
+from benchmarks.amounts import Amounts
+from benchmarks.half import Half, find_half
+from benchmarks.model import BENCH, TINY, build_model, build_processor
+from benchmarks.ours import Ours
+from benchmarks.peer import Peer
+from benchmarks.timing import Pass, Passes, take_turns
+from benchmarks.workloads import Workload
+from trimming import Random
+from trimming.costs import Geometry
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SWEPT_ROWS = 20
+"""The sweep takes each batch size over the fewest whole batches that have so many rows: a part like the whole."""
+STATIC, REUSE, CONTINUOUS, TRIMMED = "static", "reuse", "continuous", "trimmed"
+RANDOM, REAL = "random", "real"
+FULL, HALF = "full", "half"
+
+
+class Study:
+    """One run of the benchmark; its attributes hold what was measured.
+
+    Args:
+        amounts: how much.
+        say: takes a line of progress.
+    """
+
+    def __init__(self, amounts: Amounts, say: Callable[[str], object]) -> None:
+        self.began = time.monotonic()
+        self.amounts, self.say = amounts, say
+        size, seed = TINY if amounts.tiny else BENCH, amounts.seed
+        self.captioning = workloads.captioning(amounts.captions, seed, size)
+        self.questions = workloads.questions(amounts.questions, seed, size)
+        self.four_tiles = workloads.four_tiles(amounts.four_tiles, seed, size)
+        self.processor = build_processor(size)
+        self.model = build_model(size, self.processor, seed)
+        one = self._cache_bytes()
+        # Half a row more: the engine keeps a margin, for lack of which all features would run one row fewer.
+        self.kv_budget = one * amounts.budget_sequences + one // 2
+        self.peer = Peer(self.model, self.processor)
+        # Twice what it takes: sequences of many lengths leave gaps, and a static batch may be larger.
+        self.ours = Ours(self.model, self.processor, amounts.max_sequences, 2 * one * amounts.max_sequences)
+        self.narrow = Ours(self.model, self.processor, amounts.max_sequences, self.kv_budget)
+
+        self.halves: dict[str, Half] = {}
+        """By workload."""
+        self.sweeps: dict[str, dict[int, Pass]] = {}
+        """By workload, then by the peer's batch size: a pass over a part of the rows."""
+        self.selection: Passes = {}
+        """Prefills, by policy."""
+        self.passes: dict[str, Passes] = {}
+        """By workload, then by contender."""
+
+    @property
+    def loads(self) -> dict[str, Workload]:
+        return {"captioning": self.captioning, "questions": self.questions, "four tiles": self.four_tiles}
+
+    def measure(self, spare: Callable[[], float]) -> None:
+        """All of it. ``spare`` tells how many seconds are needed after the last round."""
+        self.say("warming up")
+        first = self.captioning.first(4)
+        self.peer(first, 4)
+        self.ours(first)
+        for name, load in self.loads.items():
+            self.halves[name] = half = find_half(self.ours, load.first(2 * SWEPT_ROWS))
+            self.say(f"{name}: K = {half.k_ratio} keeps {half.keep_fraction:.3f} of the features")
+        for name in ("captioning", "questions"):
+            self.sweeps[name] = self._sweep(name)
+        self.selection = self._select()
+        self.passes = self._take_turns(spare)
+
+    def batch_sizes(self, name: str) -> list[int]:
+        """The two that were fastest from end to end, best first, and the one that was fastest at generating."""
+        swept = self.sweeps[name]
+        fastest = sorted(swept, key=lambda size: swept[size].seconds / len(swept[size].tokens))[:2]
+        generating = min(swept, key=lambda size: swept[size].generation / len(swept[size].tokens))
+        return list(dict.fromkeys([*fastest, generating]))
+
+    def best_peer(self, name: str, seconds: Callable[[Pass], float]) -> str:
+        """The contender's name of the peer's batch size with the least median of ``seconds``."""
+        passes = self.passes[name]
+        return min(map(peer_name, self.batch_sizes(name)), key=lambda peer: statistics.median(map(seconds, passes[peer])))
+
+    def _sweep(self, name: str) -> dict[int, Pass]:
+        """Up to the first batch size that takes all rows at once."""
+        load, swept = self.loads[name], {}
+        for batch_size in BATCH_SIZES:
+            rows = min(len(load.rows), -(-SWEPT_ROWS // batch_size) * batch_size)
+            swept[batch_size] = done = self.peer(load.first(rows), batch_size)
+            self.say(f"{name}: peer, batches of {batch_size}: {done.seconds / rows:.3f} s a row")
+            if batch_size >= len(load.rows):
+                break
+        return swept
+
+    def _select(self) -> Passes:
+        """Prefills with Trimmed-Llama, and with as many features drawn at random."""
+        brief = self.captioning.first(self.amounts.prefills).cut(1)
+        half = self.halves["captioning"]
+        runs = {TRIMMED: partial(self.ours, brief, half.policy), RANDOM: partial(self.ours, brief, self._random(half))}
+        self.say(f"selection: {self.amounts.turns} times {len(brief.rows)} prefills with either policy")
+        return take_turns(runs, self.amounts.turns)
+
+    def _take_turns(self, spare: Callable[[], float]) -> dict[str, Passes]:
+        runs = {"captioning": self._ladder("captioning"), "questions": self._ladder("questions")}
+        decoding = partial(self.narrow, self.four_tiles)
+        runs["four tiles"] = {FULL: decoding, HALF: partial(decoding, self.halves["four tiles"].policy)}
+        flat = {f"{name}: {each}": _checked(run, self.loads[name]) for name in runs for each, run in runs[name].items()}
+
+        def more(seconds: float) -> bool:
+            return time.monotonic() - self.began + seconds + spare() < self.amounts.minutes * 60
+
+        taken = take_turns(flat, self.amounts.rounds, self.say, more)
+        return {name: {each: taken[f"{name}: {each}"] for each in runs[name]} for name in runs}
+
+    def _ladder(self, name: str) -> dict[str, Callable[[], Pass]]:
+        """The peer at its best batch sizes and the engine, one feature after the other; beside them what is no rung."""
+        load, half, sizes = self.loads[name], self.halves[name], self.batch_sizes(name)
+        runs: dict[str, Callable[[], Pass]] = {peer_name(size): partial(self.peer, load, size) for size in sizes}
+        runs[STATIC] = partial(self.ours, load, batch_size=sizes[0], reuse=False)
+        if len(load.images) < len(load.rows):
+            runs[REUSE] = partial(self.ours, load, batch_size=sizes[0])
+        runs[CONTINUOUS] = partial(self.ours, load)
+        runs[TRIMMED] = partial(self.ours, load, half.policy)
+        runs[RANDOM] = partial(self.ours, load, self._random(half))
+        runs[REAL] = partial(self.ours, load, tower_tiles="real")
+        return runs
+
+    def _random(self, half: Half) -> Random:
+        return Random(keep=half.keep_fraction, seed=self.amounts.seed)
+
+    def _cache_bytes(self) -> int:
+        """Of the longest row of all workloads, with four tiles and nothing trimmed."""
+        geometry, itemsize = Geometry.of(self.model.config), self.model.dtype.itemsize
+        features = 4 * self.model.model.vision_model.num_patches
+        longest = max(len(row.prompt.split()) + 2 + row.length for load in self.loads.values() for row in load.rows)
+        return geometry.cross_kv_bytes(itemsize) * features + geometry.self_kv_bytes(itemsize) * longest
+
+
+def peer_name(batch_size: int) -> str:
+    """The contender's."""
+    return f"peer {batch_size}"
+
+
+def _checked(run: Callable[[], Pass], load: Workload) -> Callable[[], Pass]:
+    """``run``, refused where it did not answer every row at its full length."""
+    lengths = [row.length for row in load.rows]
+
+    def checked() -> Pass:
+        done = run()
+        if [len(tokens) for tokens in done.tokens] != lengths:
+            raise RuntimeError(f"{run} did not answer every row at its length")
+        return done
+
+    return checked
