@@ -62,19 +62,6 @@ def config(checkpoint_folder: str) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def engine_logger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other tests' libraries do to the loggers there are, the engine's says what it has to say."""
-    import logging
-
-    from trimming.engine import scheduler
-
-    fresh = logging.Logger(scheduler.logger.name, logging.WARNING)
-    fresh.parent = logging.root
-    monkeypatch.setattr(scheduler, "logger", fresh)
-    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """One local Ray of four logical CPUs for the whole session; its address."""

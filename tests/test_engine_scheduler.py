@@ -32,8 +32,6 @@ from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama, VisualContext
 from trimming.engine import Completion, Engine, Image, Request, Sampling
 from trimming.engine.scheduler import out_of_memory
 
-pytestmark = pytest.mark.usefixtures("engine_logger")
-
 POLICY = TrimmedLlama(0.3)
 ROWS = [*BATCHES["mixed tiles"], Row((2, 1)), Row((), before=6), Row((4,), before=1), Row((1,), after=8)]
 LENGTHS = [7, 12, 3, 9, 5, 10, 1, 8]

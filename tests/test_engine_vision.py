@@ -34,8 +34,6 @@ from trimming.engine import Engine, Image
 from trimming.engine.sequence import Encoded
 from trimming.engine.vision import ImageCache, Tower, TowerTiles
 
-pytestmark = pytest.mark.usefixtures("engine_logger")
-
 # Every arrangement of so many tiles: see the image processor's table of ratios.
 RATIOS_OF_TILES = {1: [1], 2: [2, 5], 3: [3, 7], 4: [4, 6, 8]}
 

@@ -17,8 +17,6 @@ from pipeline.images import Tiler
 from pipeline.plan import make_plan
 from pipeline.source import UnitReader, block_rows
 
-pytestmark = pytest.mark.usefixtures("engine_logger")
-
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
