@@ -14,6 +14,7 @@ from pipeline.images import Normaliser, Tiler, decode, digest
 from pipeline.prompts import Prompter
 from trimming import KeepAll, Policy
 from trimming.engine import Completion, Engine, Image, Request
+from trimming.engine.vision import ImageCache
 
 IMAGE_CACHE_BYTES = 1 << 30
 
@@ -41,14 +42,16 @@ class Ours:
         batch_size: int | None = None,
         reuse: bool = True,
         tower_tiles: Literal["all", "real"] = "all",
+        images: ImageCache | None = None,
     ) -> Pass:
         """One pass with an engine of its own, whose making is not timed, as the model's is not.
 
         ``batch_size`` stands for static batches: each goes on for all its rows until the longest is done, as the peer's do, and
         only then comes the next; None hands all rows over at once. Without ``reuse`` every row has an image of its own, decoded
-        and encoded anew. The default policy keeps everything.
+        and encoded anew. ``images`` were encoded in passes before. The default policy keeps everything.
         """
         engine = self.engine(policy or KeepAll(), IMAGE_CACHE_BYTES if reuse else 0, tower_tiles, batch_size)
+        engine.images = images or engine.images
         preparing = generating = 0.0
         completions: list[Completion] = []
         tokens: list[list[int]] = []

@@ -16,6 +16,7 @@ RATIOS = {
 }
 RUNGS = {
     "peer": "peer",
+    "linear": "+ oneDNN's linear layers",
     "static": "+ mask-free tower, no padding",
     "reuse": "+ image reuse",
     "continuous": "+ continuous batching",
@@ -86,8 +87,8 @@ def _notes(result: Result) -> list[str]:
     lines = [
         f"- **Machine**: {conditions['hardware']}, {conditions['cores']} cores, {conditions['threads']} threads; torch "
         f"{conditions['torch']}, transformers {conditions['transformers']}, {conditions['dtype']}, {conditions['attention']}, "
-        f"greedy; commit {conditions['commit']}. Medians of {conditions['rounds']} rounds in one process, all contenders in "
-        f"turns; seed {conditions['seed']}.",
+        f"greedy; commit {conditions['commit']}. One process, all in turns: medians of {conditions['rounds']} rounds "
+        f"for what has a goal (peer, continuous batching, trimming), one pass of the others; seed {conditions['seed']}.",
         f"- **Model**: random weights, {model['parameters'] / 1e6:.0f} M parameters: hidden {model['hidden']}, "
         f"{len(model['cross_attention_layers'])} of {model['layers']} layers cross-attending, "
         f"{model['visual_tokens_per_tile']} visual tokens a tile; the tower has {shares['tower_share']:.0%} of the mean "

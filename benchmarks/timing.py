@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,10 +37,12 @@ def take_turns(
     rounds: int,
     say: Callable[[str], object] = lambda line: None,
     more: Callable[[float], bool] = lambda seconds: True,
+    once: Collection[str] = (),
 ) -> Passes:
     """Every contender's passes, one a round. Every other round goes backwards: a drift of the machine's speed hits all alike.
 
-    ``more`` is asked before each round but the first whether another of so many seconds, the longest so far, may begin.
+    ``more`` is asked before each round but the first whether another of so many seconds, the longest so far, may begin; those
+    that run ``once``, in the first round, are not counted in.
     """
     passes: Passes = {name: [] for name in contenders}
     longest = 0.0
@@ -50,11 +52,13 @@ def take_turns(
             break
         took = 0.0
         for name in list(contenders)[:: -1 if i % 2 else 1]:
+            if i and name in once:
+                continue
             # A pass pays for its own garbage alone.
             gc.collect()
             done = contenders[name]()
             passes[name].append(done)
-            took += done.seconds
+            took += 0.0 if name in once else done.seconds
             say(f"round {i + 1} of {rounds}, {name}: {done.seconds:.1f} s")
         longest = max(longest, took)
     return passes

@@ -204,6 +204,12 @@ def test_turns_go_back_and_forth_and_end_in_time() -> None:
     assert asked == [3.0, 3.0, 3.0]
     assert {name: len(taken) for name, taken in passes.items()} == {"a": 3, "b": 3, "c": 3}
 
+    order.clear()
+    asked.clear()
+    passes = take_turns({name: partial(contender, name) for name in "abc"}, rounds=5, more=more, once=["b"])
+    assert "".join(order) == "abccaac"
+    assert asked == [2.0, 2.0, 2.0]
+
 
 def test_ratios_are_of_medians_and_their_spread_of_rounds() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
@@ -231,6 +237,7 @@ def a_result() -> dict[str, Any]:
         "contenders": {
             "peer 16": contender(2.0, 10.0),
             "peer 32": contender(1.9, 9.0),
+            "linear": contender(2.2, 8.5),
             "static": contender(2.5, 8.0),
             "continuous": contender(3.0, 4.5),
             "trimmed": contender(3.5, 3.0),
@@ -323,7 +330,7 @@ def test_a_tiny_run_measures_everything(ray_cluster: str, tmp_path: Path, capsys
     assert result["ratios"]["kv_peak_half_over_all"] < 0.7
     for name in ("captioning", "questions"):
         assert result[name]["same_output_rows"] == 1
-        assert {"static", "continuous", "trimmed", "random", "real"} < set(result[name]["contenders"])
+        assert {"linear", "static", "continuous", "trimmed", "random", "real"} < set(result[name]["contenders"])
     assert set(result["questions"]["contenders"]) - set(result["captioning"]["contenders"]) >= {"reuse"}
     four = result["four_tiles"]["contenders"]
     assert four["full"]["peak_sequences"] == 2

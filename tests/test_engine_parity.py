@@ -29,6 +29,7 @@ from transformers import DynamicCache
 
 from trimming import Grid, KeepAll, Policy, Random, Rows, TrimmedLlama, trim
 from trimming.engine import Engine, prefill, scheduler
+from trimming.engine.layers import attend
 from trimming.engine.sequence import Encoded, Sequence_, Span, image_spans
 
 POLICIES = [KeepAll(), TrimmedLlama(0.2), Random(0.4), Grid(0.5)]
@@ -220,7 +221,7 @@ def test_attending_and_scoring_in_chunks(rows: int, monkeypatch: pytest.MonkeyPa
     attended, scores = prefill._attend_and_score(query, key, value, 0.3)
     torch.testing.assert_close(attended, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores, weights.sum(1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prefill._attend(query, key, value, 0.3), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(query, key, value, 0.3), wanted, atol=1e-5, rtol=1e-5)
     assert scores.dtype == torch.float32
 
 

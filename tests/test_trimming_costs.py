@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from tests import tiny
 from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.costs import Cost, Costs, Look, Stages
 from trimming.engine import Engine, Image, Request
+from trimming.engine.onednn import OneDnnLinear
 from trimming.engine.sequence import Sequence_
 from trimming.engine.vision import Tower
 from trimming.policies.policy import Where
@@ -85,8 +87,16 @@ def attention_operations(
 attention_operations._get_raw = True  # type: ignore[attr-defined]  # tensors instead of shapes, for the masks
 
 
+def linear_operations(states: tuple[int, ...], layout: tuple[int, ...], *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """What torch's counter lacks too: oneDNN's products."""
+    return 2 * math.prod(states) * layout[0]
+
+
+OPERATIONS = {CPU_ATTENTION: attention_operations, torch.ops.mkldnn._linear_pointwise: linear_operations}
+
+
 def counted(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, int]:
-    with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_operations}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
         result = function(*args)
     return result, counter.get_total_flops()
 
@@ -287,15 +297,23 @@ def check_weights(model: MllamaForConditionalGeneration, itemsize: int) -> None:
     assert weights == {"tower": tower, "projector": projector, "language": total - tower - projector}
 
 
+def place(tensor: Tensor) -> int:
+    """Tells tensors apart by their memory, of which those in oneDNN's layout have none to show."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
+
+
 class Touched(TorchDispatchMode):
     """Bytes of the parameters that operations take, each counted once, and of the keys and values that attention takes.
 
     Embedding tables do not count: a few of their rows are read.
     """
 
-    def __init__(self, model: MllamaForConditionalGeneration) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self.parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}
+        linear = [m for m in engine.model.modules() if isinstance(m, OneDnnLinear)]
+        self.parameters = {place(p): p.nbytes for p in engine.model.parameters()} | {
+            place(m.layout): m.weight.nbytes for m in linear
+        }
         self.seen: set[int] = set()
         self.kv_bytes = 0
 
@@ -306,18 +324,18 @@ class Touched(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.overloadpacket is not torch.ops.aten.embedding:
             given = tree_leaves((args, kwargs))
-            self.seen |= {t.data_ptr() for t in given if isinstance(t, Tensor)} & self.parameters.keys()
+            self.seen |= {place(t) for t in given if isinstance(t, Tensor)} & self.parameters.keys()
         # Under inference mode composite operations arrive whole.
         if function.overloadpacket is torch.ops.aten.scaled_dot_product_attention:
             self.kv_bytes += args[1].nbytes + args[2].nbytes
         return function(*args, **(kwargs or {}))
 
 
-def touching(model: MllamaForConditionalGeneration, method: Callable[..., Tensor], records: list[Touched]) -> Any:
+def touching(engine: Engine, method: Callable[..., Tensor], records: list[Touched]) -> Any:
     """``method``, with a record for each of its calls."""
 
     def recorded(*args: Any) -> Tensor:
-        with Touched(model) as touched:
+        with Touched(engine) as touched:
             records.append(touched)
             return method(*args)
 
@@ -331,9 +349,9 @@ def test_bytes_that_calls_read(model: MllamaForConditionalGeneration, policy: Po
     encodes: list[Touched] = []
     prefills: list[Touched] = []
     steps: list[Touched] = []
-    engine.tower.encode = touching(model, engine.tower.encode, encodes)  # type: ignore[method-assign]
-    engine.prefill = touching(model, engine.prefill, prefills)
-    engine.decode.step = touching(model, engine.decode.step, steps)  # type: ignore[method-assign]
+    engine.tower.encode = touching(engine, engine.tower.encode, encodes)  # type: ignore[method-assign]
+    engine.prefill = touching(engine, engine.prefill, prefills)
+    engine.decode.step = touching(engine, engine.decode.step, steps)  # type: ignore[method-assign]
     asked = [request(model, str(i), [image(model, tiles, str(i))] if tiles else []) for i in range(3)]
     kept = [completion.trim.kept_visual_tokens for completion in engine.generate(asked)]
 

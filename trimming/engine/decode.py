@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
-from trimming.engine.layers import Rotary, cross_queries, fold, norm, self_projections, self_queries, unfold
+from trimming.engine.layers import Rotary, attend, cross_queries, crosses, norm, self_projections, self_queries
 from trimming.engine.memory import Memory, Segment
 from trimming.engine.sequence import Sequence_
 
@@ -40,8 +40,7 @@ class Decode:
     def __init__(self, model: MllamaForConditionalGeneration, memory: Memory, rotary: Rotary) -> None:
         self.model, self.memory, self.rotary = model, memory, rotary
         self.text: Any = model.model.language_model
-        cross = set(model.config.text_config.cross_attention_layers)
-        self.is_cross = [i in cross for i in range(len(self.text.layers))]
+        self.is_cross = crosses(model)
         self.running: list[Sequence_] = []
         self.positions: list[int] = []
         """Where each sequence's last token stands, whose keys and values are not computed yet."""
@@ -138,9 +137,7 @@ class Decode:
         ]
         for segment, sharers in members.shared:
             key, value = self.memory.segment_layer(segment, index)
-            folded = fold(query[sharers], len(key))
-            out = F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scale)[0]
-            attended.append(unfold(out, len(sharers)))
+            attended.append(attend(query[sharers], key, value, scale))
         together = torch.cat(attended)
         together = together if members.order is None else together[members.order]
         rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(together)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import MllamaForConditionalGeneration
 
 
 class Rotary:
@@ -61,6 +62,18 @@ def cross_projections(attention: Any, features: Tensor) -> tuple[Tensor, Tensor]
     """Keys and values (n, KV, D) of a cross-attention layer, of features (n, width)."""
     key = norm(attention.k_norm, attention.k_proj(features).unflatten(-1, (-1, attention.head_dim)))
     return key, attention.v_proj(features).unflatten(-1, (-1, attention.head_dim))
+
+
+def crosses(model: MllamaForConditionalGeneration) -> list[bool]:
+    """Of each layer of the language model, whether it is a cross-attention layer."""
+    config = model.config.text_config
+    return [index in config.cross_attention_layers for index in range(config.num_hidden_layers)]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """(n, heads × D) of queries (n, heads, D) over keys and values (KV, L, D), all of them seen."""
+    folded = fold(query, len(key))
+    return unfold(F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scaling)[0], len(query))
 
 
 def fold(query: Tensor, kv_heads: int) -> Tensor:

@@ -14,8 +14,10 @@ from transformers import MllamaForConditionalGeneration
 from trimming.costs import Geometry
 from trimming.engine.layers import (
     Rotary,
+    attend,
     cross_projections,
     cross_queries,
+    crosses,
     fold,
     norm,
     self_projections,
@@ -84,8 +86,7 @@ class Prefill:
         self.geometry: Geometry = memory.geometry
         self.tokens: int = model.model.vision_model.num_patches
         self.max_tiles: int = model.config.vision_config.max_num_tiles
-        cross = set(model.config.text_config.cross_attention_layers)
-        self.is_cross = [i in cross for i in range(len(self.text.layers))]
+        self.is_cross = crosses(model)
 
     def __call__(self, sequences: Sequence[Sequence_]) -> Tensor:
         """Logits (B, V) of the token after each prompt. Sets each sequence's ``segment`` and ``trim``.
@@ -170,7 +171,7 @@ class Prefill:
                 group = batch.groups[look.sequence]
                 assert group is not None
                 (a, b), (c, d) = look.rows, look.kept
-                attended[a:b] = _attend(query[a:b], group.key[:, c:d], group.value[:, c:d], attention.scaling)
+                attended[a:b] = attend(query[a:b], group.key[:, c:d], group.value[:, c:d], attention.scaling)
         rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(attended)
         forward = layer.mlp(norm(layer.post_attention_layernorm, rows))
         if batch.blind is not None:
@@ -189,7 +190,7 @@ class Prefill:
                 attended[a:b], seen = _attend_and_score(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
                 scores[look.sequence][:, c:d] += seen
             else:
-                attended[a:b] = _attend(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
+                attended[a:b] = attend(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
         batch.keep(self._select(batch, scores))
         for number, group in batch.new_groups():
             key, value = firsts[number]
@@ -375,14 +376,8 @@ def _joined(parts: Sequence[Tensor], encoded: Sequence[Encoded], tokens: int) ->
     return torch.cat([part for side in zip(*cuts, strict=True) for part in side])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(n, heads × D) of queries (n, heads, D) over keys and values (KV, L, D), all of them seen."""
-    folded = fold(query, len(key))
-    return unfold(F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scaling)[0], len(query))
-
-
 def _attend_and_score(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """``_attend``, and each head's probabilities summed over the rows: (heads, L) float32.
+    """``attend``, and each head's probabilities summed over the rows: (heads, L) float32.
 
     One pass: the probabilities are needed either way. Rows come in chunks, so that no map of a long prompt is ever whole.
     """

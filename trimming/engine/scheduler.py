@@ -20,6 +20,7 @@ from trimming.costs import Geometry
 from trimming.engine.decode import Decode
 from trimming.engine.layers import Rotary
 from trimming.engine.memory import Memory
+from trimming.engine.onednn import through_onednn
 from trimming.engine.prefill import NoRoomError, Prefill
 from trimming.engine.request import Completion, Image, Request
 from trimming.engine.sampling import choose
@@ -87,6 +88,7 @@ class Engine:
     ) -> None:
         if rows not in get_args(Rows) or tower_tiles not in get_args(TowerTiles):
             raise ValueError(f"rows={rows!r} is one of {get_args(Rows)}, tower_tiles={tower_tiles!r} of {get_args(TowerTiles)}")
+        model = through_onednn(model)
         self.model, self.policy, self.eos, self.detokenize = model, policy, frozenset(eos), detokenize
         self.max_sequences, self.tower_images, self.prefill_sequences = max_sequences, TOWER_IMAGES, PREFILL_SEQUENCES
         self.image_token: int = model.config.image_token_index
