@@ -10,7 +10,8 @@ from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
 from benchmarks.timing import Pass
 from benchmarks.workloads import Workload
-from pipeline.images import Normaliser, Tiler, decode, digest
+from pipeline.images import Normaliser, Tiler, digest
+from pipeline.pictures import decode
 from pipeline.prompts import Prompter
 from trimming import KeepAll, Policy
 from trimming.engine import Completion, Engine, Image, Request

@@ -16,8 +16,9 @@ import torch
 
 from demo.shards import Row
 from pipeline.engine import Answer, Decoding, Engine, Limits, Prompt
-from pipeline.images import Tiler, Tiles, decode, digest
+from pipeline.images import Tiler, Tiles, digest
 from pipeline.model import find_checkpoint, load_model, load_processor
+from pipeline.pictures import decode
 from pipeline.prompts import Prompter
 from trimming import Policy
 from trimming.engine.vision import ImageCache, TowerTiles

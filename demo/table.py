@@ -154,7 +154,7 @@ def identity(model: Path, rows: dict[str, int]) -> Result:
 def code() -> list[Path]:
     """The files that decide which rows are asked and what is answered to them on a CPU."""
     trimming = [path for path in (ROOT / "trimming").rglob("*.py") if path.relative_to(ROOT / "trimming") not in ELSEWHERE]
-    asking = [ROOT / "pipeline" / f"{name}.py" for name in ("engine", "images", "model", "prompts")]
+    asking = [ROOT / "pipeline" / f"{name}.py" for name in ("engine", "images", "model", "pictures", "prompts")]
     asked = [ROOT / "demo" / f"{name}.py" for name in ("answerer", "easy_vqa", "scenes", "shards")]
     return sorted([*trimming, *asking, *asked])
 

@@ -23,7 +23,8 @@ from benchmarks.peer import Peer
 from benchmarks.results import captioning_stages
 from benchmarks.timing import Pass, ratio, spread, take_turns
 from benchmarks.workloads import Workload
-from pipeline.images import Tiler, decode
+from pipeline.images import Tiler
+from pipeline.pictures import decode
 from trimming import KeepAll, TrimmedLlama
 from trimming.costs import Costs
 

@@ -14,9 +14,10 @@ import sklearn
 import torch
 from PIL import Image
 
-from pipeline import images
-from pipeline.images import ImageError, Normaliser, Tiler
+from pipeline import images, pictures
+from pipeline.images import Normaliser, Tiler
 from pipeline.model import find_checkpoint, load_processor
+from pipeline.pictures import ImageError
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -62,25 +63,25 @@ RED = Image.new("RGB", (60, 40), (200, 30, 30))
 )
 def test_every_mode_becomes_rgb(image: Image.Image, format: str, expected: tuple[int, ...]) -> None:
     data = encoded(image, format)
-    decoded = images.decode(data)
-    assert decoded.size == images.header(data) == (60, 40)
+    decoded = pictures.decode(data)
+    assert decoded.size == (60, 40)
     assert mean(decoded) == pytest.approx(expected, abs=4)
 
 
 def test_transparent_palette() -> None:
     image = Image.new("P", (60, 40), 0)
     image.putpalette([10, 20, 30, 200, 30, 30])
-    assert mean(images.decode(encoded(image, "PNG", transparency=0))) == [255, 255, 255]
-    assert mean(images.decode(encoded(image, "GIF", transparency=0))) == [255, 255, 255]
-    assert mean(images.decode(encoded(image, "PNG", transparency=1))) == [10, 20, 30]
-    assert mean(images.decode(encoded(RED, "PNG", transparency=(200, 30, 30)))) == [255, 255, 255]
+    assert mean(pictures.decode(encoded(image, "PNG", transparency=0))) == [255, 255, 255]
+    assert mean(pictures.decode(encoded(image, "GIF", transparency=0))) == [255, 255, 255]
+    assert mean(pictures.decode(encoded(image, "PNG", transparency=1))) == [10, 20, 30]
+    assert mean(pictures.decode(encoded(RED, "PNG", transparency=(200, 30, 30)))) == [255, 255, 255]
 
 
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (60, 40), c) for c in ((200, 30, 30), (0, 0, 0), (9, 9, 9))]
     for format in ("GIF", "WEBP", "PNG", "TIFF"):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
-        assert mean(images.decode(data)) == pytest.approx([200, 30, 30], abs=3)
+        assert mean(pictures.decode(data)) == pytest.approx([200, 30, 30], abs=3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -103,14 +104,12 @@ def test_exif_orientation(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, "PNG", exif=exif)
-    assert images.header(data) == (60, 40)
-    assert np.array_equal(np.asarray(images.decode(data)), np.asarray(upright))
+    assert np.array_equal(np.asarray(pictures.decode(data)), np.asarray(upright))
 
 
 def test_a_broken_exif_block_spoils_nothing(picture: Callable[..., bytes]) -> None:
     data = encoded(Image.open(io.BytesIO(picture())), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk")
-    assert images.header(data) == (100, 80)
-    assert images.decode(data).size == (100, 80)
+    assert pictures.decode(data).size == (100, 80)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -141,13 +140,13 @@ def png_header(width: int, height: int) -> bytes:
 )
 def test_what_cannot_be_answered_is_said_in_words(data: bytes, said: str) -> None:
     with pytest.raises(ImageError, match=said):
-        images.decode(data)
+        pictures.decode(data)
 
 
 def test_the_bounds_themselves_are_answered() -> None:
-    assert images.decode(encoded(Image.new("L", (500, 5)), "PNG")).size == (500, 5)
-    assert images.decode(encoded(Image.new("1", (5000, 4000)), "PNG")).size == (5000, 4000)
-    assert images.decode(encoded(Image.new("L", (1, 1)), "PNG")).size == (1, 1)
+    assert pictures.decode(encoded(Image.new("L", (500, 5)), "PNG")).size == (500, 5)
+    assert pictures.decode(encoded(Image.new("1", (5000, 4000)), "PNG")).size == (5000, 4000)
+    assert pictures.decode(encoded(Image.new("L", (1, 1)), "PNG")).size == (1, 1)
 
 
 def test_digest(picture: Callable[..., bytes]) -> None:
@@ -170,8 +169,8 @@ def test_pixels_equal_the_processors(checkpoint_folder: str, picture: Callable[.
         from transformers.models.mllama.image_processing_mllama import MllamaImageProcessor
 
         processor.image_processor = MllamaImageProcessor.from_pretrained(checkpoint_folder)
-    pictures = [images.decode(picture(*size, seed=i)) for i, size in enumerate(SIZES)]
-    batch = [[pictures[0]], pictures[1:3], pictures[3:6], pictures[6:7], pictures[7:9], [pictures[9]]]
+    decoded = [pictures.decode(picture(*size, seed=i)) for i, size in enumerate(SIZES)]
+    batch = [[decoded[0]], decoded[1:3], decoded[3:6], decoded[6:7], decoded[7:9], [decoded[9]]]
     expected = processor.image_processor(batch, return_tensors="pt")
 
     tiler, normalise = Tiler(processor), Normaliser(processor, torch.device("cpu"), torch.float32)
@@ -190,10 +189,10 @@ def test_pixels_equal_the_processors(checkpoint_folder: str, picture: Callable[.
 
 def test_grids_are_rows_and_columns(checkpoint_folder: str, picture: Callable[..., bytes]) -> None:
     tiler = Tiler(load_processor(find_checkpoint(checkpoint_folder, None)))
-    wide = tiler(images.decode(picture(440, 100)))
+    wide = tiler(pictures.decode(picture(440, 100)))
     assert wide.grid == (1, 4)
     assert wide.pixels.shape == (4, 3, 112, 112)
-    assert tiler(images.decode(picture(100, 330))).grid == (3, 1)
+    assert tiler(pictures.decode(picture(100, 330))).grid == (3, 1)
 
 
 def test_real_photographs() -> None:
@@ -207,8 +206,8 @@ def test_real_photographs() -> None:
                 image.load()
         except Exception:  # noqa: BLE001 - scikit-image's folder holds some that Pillow can't load
             with pytest.raises(ImageError):
-                images.decode(file.read_bytes())
+                pictures.decode(file.read_bytes())
             continue
-        assert images.decode(file.read_bytes()).mode == "RGB", file
+        assert pictures.decode(file.read_bytes()).mode == "RGB", file
         loaded += 1
     assert loaded >= 20

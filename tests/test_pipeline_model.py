@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import images
+from pipeline import pictures as decoding
 from pipeline.engine import Decoding, Engine, Limits, Prompt
 from pipeline.images import Tiler
 from pipeline.model import build_policy, find_checkpoint, load_model, load_processor
@@ -101,7 +101,7 @@ def test_inputs_equal_the_processors(processor: Any, picture: Callable[..., byte
     prompter, tiler = Prompter(processor), Tiler(processor)
     counts, sizes = [1, 2, 3], [(100, 80), (300, 80), (230, 230)]
     questions = ["how many", "what is this", "what is this how many how many"]
-    pictures = [[images.decode(picture(*sizes[j % 3])) for j in range(n)] for n in counts]
+    pictures = [[decoding.decode(picture(*sizes[j % 3])) for j in range(n)] for n in counts]
     texts = [prompter.text(q, n) for q, n in zip(questions, counts, strict=True)]
     expected = processor(images=pictures, text=texts, padding=True, return_tensors="pt", add_special_tokens=False)
 
@@ -156,7 +156,7 @@ def make_prompts(engine: Engine, picture: Callable[..., bytes], sizes: list[tupl
     tiler = Tiler(engine.processor)
     prompts = []
     for i, size in enumerate(sizes):
-        tiles = [] if size is None else [tiler(images.decode(picture(*size, seed=i)))]
+        tiles = [] if size is None else [tiler(decoding.decode(picture(*size, seed=i)))]
         tokens = engine.prompter.tokens("how many" if i % 2 else "what is this", len(tiles))
         prompts.append(Prompt(f"row-{i}", tokens, tiles, [f"picture-{i}"] * len(tiles)))
     return prompts
@@ -183,7 +183,7 @@ def test_keep_all_answers_as_the_untouched_model_does(
     engine = make_engine(checkpoint_folder, config(policy="none", rows="transformers"))
     prompts = make_prompts(engine, picture, [(100, 80), (300, 80)])
     ours = engine.generate(prompts)
-    pictures = [[images.decode(picture(100, 80, seed=0))], [images.decode(picture(300, 80, seed=1))]]
+    pictures = [[decoding.decode(picture(100, 80, seed=0))], [decoding.decode(picture(300, 80, seed=1))]]
     texts = [engine.prompter.text(q, 1) for q in ("what is this", "how many")]
     inputs = engine.processor(images=pictures, text=texts, padding=True, return_tensors="pt", add_special_tokens=False)
     out = engine.model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
