@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from pipeline import images, schema
+from pipeline.attempts import LETHAL, MOST, Attempts, Log, Trial
 from pipeline.config import RunConfig
+from pipeline.decoder import Decoder
+from pipeline.gauges import Gauges
 from pipeline.model import Checkpoint
+from pipeline.pictures import ImageError
 from pipeline.rows import Row, pack, tally
 from pipeline.schema import Columns
 from pipeline.source import READ_SECONDS, block_rows
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.engine import Engine
     from trimming.engine import Completion
+
+logger = logging.getLogger(__name__)
 
 Seconds = defaultdict[str, float]
 """Seconds by stage."""
@@ -48,6 +58,7 @@ class Answerer:
         columns: the input's.
         checkpoint: which model to load.
         report: called with (rows, errors) every now and then, for progress.
+        attempts: where units are noted that are begun and ended; default: nowhere.
     """
 
     def __init__(
@@ -56,11 +67,14 @@ class Answerer:
         columns: Columns,
         checkpoint: Checkpoint,
         report: Callable[[int, int], object] = lambda rows, errors: None,
+        attempts: Log | None = None,
     ) -> None:
         self.config, self.columns, self.checkpoint, self.report = config, columns, checkpoint, report
+        self.attempts: Log = attempts or Attempts()
+        self.turns, self.gauges = _Turns(), Gauges()
         began = time.perf_counter()
         cores = _cores()
-        self.decoders = ThreadPoolExecutor(min(DECODERS, cores), thread_name_prefix="decode")
+        self.decoders = _Decoders(min(DECODERS, cores))
         self.ahead = threading.BoundedSemaphore(config.batch_size + AHEAD)
         self.accounts = threading.Lock()
         self.accounted: dict[str, float] = {}
@@ -85,59 +99,64 @@ class Answerer:
             raise RuntimeError(f"model={self.config.model!r} can't be loaded: {' '.join(self.refused.split())}")
         ((name, packed, table),) = block_rows([unit])
         seconds: Seconds = defaultdict(float, read=table[READ_SECONDS][0].as_py())
-        rows = self._unpack(packed, seconds)
-        self._answer_all(rows, seconds)
+        trial = self.attempts.begin(name)
+        if trial.deaths > MOST:
+            raise RuntimeError(f"unit {name} has ended its actor {trial.deaths} times")
+        try:
+            with self.turns.alone() if trial.careful else self.turns.together():
+                rows = self._unpack(packed)
+                self._answer_singly(rows, name, trial, seconds) if trial.careful else self._answer_all(rows, seconds)
+        except Exception as error:
+            if self.engine.batch.failed is not None:
+                _end_actor(error)
+            raise
         loading, self.load_seconds = self.load_seconds, None
         if loading is not None:
             seconds["load"] = loading
         counts = self._account(seconds)
         output = pack(rows, packed, self.columns, self.config.write_kept)
-        stats = json.dumps(
-            {
-                **tally(rows, packed, self.columns),
-                **counts,
-                "seconds": dict(seconds),
-                "device": _device_name(self.engine),
-                "dtype": str(self.engine.model.dtype).removeprefix("torch."),
-                "peak_memory_bytes": _peak_memory(self.engine),
-            }
-        )
+        stats = {
+            **tally(rows, packed, self.columns),
+            **counts,
+            "seconds": dict(seconds),
+            "device": _device_name(self.engine),
+            "dtype": str(self.engine.model.dtype).removeprefix("torch."),
+            "peak_memory_bytes": _peak_memory(self.engine),
+        }
+        self.gauges.unit(stats)
+        for row in rows:
+            if row.error is not None:
+                logger.warning("unit %s, id %s: %s", name, row.id, row.error)
         listed = pa.LargeListArray.from_arrays(pa.array([0, len(output)], pa.int64()), output)
-        return pa.table({schema.UNIT: pa.array([name]), schema.ROWS: listed, schema.STATS: pa.array([stats])})
+        self.attempts.end(name)
+        return pa.table({schema.UNIT: pa.array([name]), schema.ROWS: listed, schema.STATS: pa.array([json.dumps(stats)])})
 
     # ---- rows in ----------------------------------------------------------------------------------------------------------
 
-    def _unpack(self, packed: pa.StructArray, seconds: Seconds) -> list[Row]:
-        began = time.perf_counter()
+    def _unpack(self, packed: pa.StructArray) -> list[Row]:
         ids = packed.field(schema.ID).to_pylist()
         questions = packed.field(schema.TEXT).to_pylist()
         rows = []
         for id, question, cell in zip(ids, questions, packed.field(schema.IMAGES), strict=True):
             members = cell.as_py()
-            row = Row(id, len(members), [m["bytes"] for m in members if m["bytes"] is not None])
+            row = Row(id, len(members), [m["bytes"] for m in members if m["bytes"] is not None], question)
             row.keys = [images.digest(data) for data in row.files]
             row.digest = images.row_digest(row.keys)
             broken = next((m["error"] for m in members if m["error"] is not None), None)
-            try:
-                if broken is not None:
-                    row.fail(broken)
-                else:
-                    self._examine(row, question)
-            except Exception as error:  # noqa: BLE001 - the row's boundary
-                row.fail(str(error) if isinstance(error, images.ImageError) else error)
+            if broken is not None:
+                row.fail(broken)
             rows.append(row)
-        seconds["examine"] += time.perf_counter() - began
         return rows
 
-    def _examine(self, row: Row, question: str | None) -> None:
-        asked = self.config.prompt if self.config.prompt is not None else question
+    def _examine(self, row: Row) -> None:
+        """Sets the row's prompt, or its error."""
+        asked = self.config.prompt if self.config.prompt is not None else row.question
         if asked is None or not asked.strip():
             row.fail(f"no question: column {self.columns.question!r} is null, empty or not UTF-8")
             return
         if self.config.job == "caption" and not row.files:
             row.fail(f"no image to caption: column {self.columns.image!r} is null or empty")
             return
-        row.tiles = sum(self.tiler.tile_count(*images.header(data)) for data in row.files)
         row.tokens = self.engine.prompter.tokens(asked, len(row.files))
         room = self.engine.max_prompt_tokens
         if len(row.tokens) > room:
@@ -145,9 +164,27 @@ class Answerer:
 
     # ---- through the engine -----------------------------------------------------------------------------------------------
 
+    def _answer_singly(self, rows: Sequence[Row], unit: str, trial: Trial, seconds: Seconds) -> None:
+        """One row after the other, each announced before anything is done with it."""
+        for place, row in enumerate(rows):
+            if place in trial.lethal:
+                row.fail(f"left out, as the actor died each time when this row was answered ({LETHAL} times)")
+            elif row.error is None:
+                self.attempts.at(unit, place)
+            self._answer_all([row], seconds)
+        self.attempts.at(unit, None)
+
     def _answer_all(self, rows: Sequence[Row], seconds: Seconds) -> None:
         """Answers the rows that have no error yet: each goes to the engine once its images are decoded, in order, so that
         questions about one image arrive together."""
+        began = time.perf_counter()
+        for row in rows:
+            try:
+                if row.error is None:
+                    self._examine(row)
+            except Exception as error:  # noqa: BLE001 - the row's boundary
+                row.fail(error)
+        seconds["examine"] += time.perf_counter() - began
         waiting = [row for row in rows if row.error is None]
         decoding = _Decoding(self.decoders, self.tiler, waiting)
         asked: list[tuple[Row, Future[Completion]]] = []
@@ -161,6 +198,7 @@ class Answerer:
                 future.add_done_callback(partial(_release, self.ahead))
                 asked.append((row, future))
             if number % REPORT_ROWS == REPORT_ROWS - 1:
+                self.gauges.running(len(self.engine.batch.decode.running))
                 finished = sum(future.done() for _, future in asked)
                 self.report(finished - done, 0)
                 done = finished
@@ -184,7 +222,7 @@ class Answerer:
         except Exception as error:
             if self.engine.batch.failed is not None:
                 raise
-            row.fail(str(error) if isinstance(error, images.ImageError) else error)
+            row.fail(str(error) if isinstance(error, ImageError) else error)
             return None
 
     def _take(self, row: Row, future: Future[Completion]) -> None:
@@ -213,11 +251,61 @@ class Answerer:
         return {name: int(since[name]) for name in counters} | {name: getattr(statistics, name) for name in peaks}
 
 
+class _Decoders:
+    """Threads, and a decoding process for each."""
+
+    def __init__(self, count: int) -> None:
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="decode")
+        self.submit = self._pool.submit
+
+    def __call__(self, data: bytes) -> Image:
+        """The image, on the thread's own process."""
+        if not hasattr(self._own, "decode"):
+            self._own.decode = Decoder()
+        image: Image = self._own.decode(data)
+        return image
+
+
+class _Turns:
+    """Units that run together, or one alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._together = 0
+        self._alone = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone)
+            self._together += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._together -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone)
+            self._alone = True
+            self._changed.wait_for(lambda: not self._together)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = False
+                self._changed.notify_all()
+
+
 class _Decoding:
     """A unit's images on their way from files to tiles, some rows ahead of the engine; equal files are decoded once."""
 
-    def __init__(self, pool: ThreadPoolExecutor, tiler: images.Tiler, rows: Sequence[Row]) -> None:
-        self.pool, self.tiler, self.rows = pool, tiler, rows
+    def __init__(self, decoders: _Decoders, tiler: images.Tiler, rows: Sequence[Row]) -> None:
+        self.decoders, self.tiler, self.rows = decoders, tiler, rows
         self.uses = Counter(key for row in rows for key in row.keys)
         self.tiles: dict[str, Future[images.Tiles]] = {}
         self.begun = self.taken = 0
@@ -230,7 +318,7 @@ class _Decoding:
         while self.begun < min(len(self.rows), self.taken + AHEAD // 4):
             for key, data in zip(self.rows[self.begun].keys, self.rows[self.begun].files, strict=True):
                 if key not in self.tiles:
-                    self.tiles[key] = self.pool.submit(self._decode, data)
+                    self.tiles[key] = self.decoders.submit(self._decode, data)
             self.rows[self.begun].files = []
             self.begun += 1
         futures = [self.tiles[key] for key in row.keys]
@@ -244,7 +332,7 @@ class _Decoding:
     def _decode(self, data: bytes) -> images.Tiles:
         began = time.perf_counter()
         try:
-            return self.tiler(images.decode(data))
+            return self.tiler(self.decoders(data))
         finally:
             with self._lock:
                 self.seconds += time.perf_counter() - began
@@ -287,6 +375,15 @@ class _Device:
         # What it raises, every unit gets to see.
         with suppress(Exception):
             engine.batch.serve(self._ends)
+
+
+def _end_actor(error: Exception) -> None:
+    """Ends the process where it is an actor's: its device has failed for good, and Ray begins another."""
+    import ray
+
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        print(f"the device has failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _release(ahead: threading.Semaphore, _: object) -> None:

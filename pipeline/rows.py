@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline import metrics, schema
+from pipeline import errors, metrics, schema
 from pipeline.schema import Columns
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Row:
     count: int
     """Images in the cell, broken ones among them."""
     files: list[bytes]
+    question: str | None = None
     tokens: list[int] = field(default_factory=list)
     tiles: int = 0
     keys: list[str] = field(default_factory=list)
@@ -65,6 +66,7 @@ def tally(rows: Sequence[Row], packed: pa.StructArray, columns: Columns) -> dict
     stats: dict[str, Any] = {
         "rows": len(rows),
         "errors": sum(row.error is not None for row in rows),
+        "error_kinds": errors.count((row.id, row.error) for row in rows if row.error is not None),
         "images": sum(row.count for row in rows if row.answer is not None),
         "tiles": sum(row.tiles for row in rows if row.answer is not None),
         "keep_fraction_sum": sum(fractions),

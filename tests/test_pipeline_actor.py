@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import images, metrics, schema
+from pipeline import metrics, schema
 from pipeline.actor import Answerer
+from pipeline.decoder import Decoder
 from pipeline.images import Tiler
 from pipeline.plan import make_plan
 from pipeline.source import UnitReader, block_rows
@@ -195,8 +196,8 @@ def test_equal_images_are_decoded_and_encoded_once(
     config: Any, picture: Callable[..., bytes], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[bytes] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(data) or decode(data))
+    decode = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, data: decoded.append(data) or decode(self, data))
     files = [picture(300, 80, seed=i) for i in range(3)]
     questions = ["how many", "what is this", "what is this how many"]
     table = pa.table({"image": [f for f in files for _ in questions], "question": questions * 3, "id": list("abcdefghi")})
