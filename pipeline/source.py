@@ -33,6 +33,8 @@ class UnitReader:
 
     root: Storage
     columns: Columns
+    image_roots: tuple[Storage, ...] = ()
+    """Where else images may lie."""
 
     def __call__(self, unit: Unit) -> list[Block]:
         """One block of one row: ``unit``, ``rows`` (large list of ``Columns.unit_row()``) and ``read_seconds``.
@@ -41,20 +43,23 @@ class UnitReader:
         at planning.
         """
         began = time.perf_counter()
+        rows = self.root.patiently(lambda: self._read(unit))
+        packed = pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows)
+        seconds = pa.array([time.perf_counter() - began])
+        return [pa.table({schema.UNIT: pa.array([unit.name]), schema.ROWS: packed, READ_SECONDS: seconds})]
+
+    def _read(self, unit: Unit) -> pa.StructArray:
         start, stop = unit.start, unit.stop
         try:
             with self._open(unit) as found:
                 start, stop = found.cut(unit.start, unit.start_reach), found.cut(unit.stop, unit.stop_reach)
                 table = found.between(start, stop)
-            rows = self._rows(unit.shard, start, table)
+            return self._rows(unit.shard, start, table)
         except (pa.ArrowException, OSError) as error:
             # A store that does not answer ends the task, and the run can be continued; damaged bytes stay damaged.
             if not damaged(error):
                 raise
-            rows = self._unreadable(unit.shard, start, stop, error)
-        packed = pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows)
-        seconds = pa.array([time.perf_counter() - began])
-        return [pa.table({schema.UNIT: pa.array([unit.name]), schema.ROWS: packed, READ_SECONDS: seconds})]
+            return self._unreadable(unit.shard, start, stop, error)
 
     @contextmanager
     def _open(self, unit: Unit) -> Iterator[_Rows]:
@@ -88,7 +93,7 @@ class UnitReader:
         own = [
             pa.array(ids, pa.string()),
             pa.array(questions, pa.large_string()),
-            cells.image_lists(table[columns.image], self.root, shard),
+            cells.image_lists(table[columns.image], (self.root, *self.image_roots), shard),
         ]
         return pa.StructArray.from_arrays([*arrays, *own], fields=list(columns.unit_row()))
 

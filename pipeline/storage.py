@@ -6,13 +6,20 @@ import os
 import posixpath
 import threading
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from pipeline import retries
+
+T = TypeVar("T")
+
+PATIENCE = 300.0
 _MAGIC = "*?["
 
 
@@ -28,6 +35,17 @@ class Storage:
 
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     """Arguments of the filesystem (keys, endpoint); they may hold secrets, hence no repr."""
+
+    patience: float = 10.0
+    """Seconds for which a store that is out of order is asked again."""
+
+    def patient(self) -> Storage:
+        """The same, for a run that has begun: it outlives a store's bad minutes."""
+        return replace(self, patience=PATIENCE)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """``call()``, which uses this store, asked again as long as ``patience`` lasts."""
+        return retries.patiently(call, self.patience)
 
     def open(self) -> tuple[AbstractFileSystem, str]:
         """The filesystem and the root's path on it. fsspec hands every caller of a process the same instance."""
@@ -45,23 +63,29 @@ class Storage:
     def names(self, folder: str = "") -> list[str]:
         """Names directly under ``folder``, sorted; none where the folder is missing."""
         fs, root = self.open()
+        path = posixpath.join(root, folder) if folder else root
         try:
-            found = fs.ls(posixpath.join(root, folder) if folder else root, detail=False, refresh=True)
+            found = self.patiently(lambda: fs.ls(path, detail=False, refresh=True))
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted({posixpath.basename(p.rstrip("/")) for p in found} - {""})
 
+    def exists(self, name: str) -> bool:
+        """Whether there is a file ``name``."""
+        fs, _ = self.open()
+        return bool(self.patiently(lambda: fs.isfile(self.path(name))))
+
     def read(self, name: str) -> bytes:
         """The whole file. Raises ``FileNotFoundError``."""
         fs, _ = self.open()
-        data: bytes = fs.cat_file(self.path(name))
+        data: bytes = self.patiently(lambda: fs.cat_file(self.path(name)))
         return data
 
     def write(self, name: str, data: bytes, temporary: str) -> None:
         """Writes ``name`` whole: by one PUT on an object store, else beside ``temporary`` (a folder) and moved into place."""
         fs, root = self.open()
         if not self.local:
-            fs.pipe_file(self.path(name), data)
+            self.patiently(lambda: fs.pipe_file(self.path(name), data))
             return
         unfinished = f"{root}/{temporary}/{uuid.uuid4().hex}"
         os.makedirs(os.path.dirname(unfinished), exist_ok=True)
@@ -75,6 +99,17 @@ class Storage:
         finally:
             if os.path.exists(unfinished):
                 os.remove(unfinished)
+
+    def remove(self, *names: str) -> None:
+        """Deletes files, in order but for a few at a time; they may be gone already."""
+        fs, _ = self.open()
+
+        def one(name: str) -> None:
+            with suppress(FileNotFoundError):
+                self.patiently(lambda: fs.rm_file(self.path(name)))
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(one, names))
 
 
 _lock = threading.Lock()

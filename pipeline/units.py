@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.retries import transient
 from pipeline.storage import Storage
 
 UNIT_BYTES = 256 * 2**20
@@ -72,7 +73,7 @@ class Unit:
 def read_footers(root: Storage, names: Sequence[str]) -> list[Shard]:
     """The shards' footers, read side by side. Raises ``ValueError`` for a file that is not parquet."""
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda name: _footer(root, name), names))
+        return list(pool.map(lambda name: root.patiently(lambda: _footer(root, name)), names))
 
 
 def _footer(root: Storage, name: str) -> Shard:
@@ -93,6 +94,8 @@ def _footer(root: Storage, name: str) -> Shard:
 
 def damaged(error: Exception) -> bool:
     """Whether bytes that came are no parquet, rather than bytes that did not come: Arrow's own errors carry no number."""
+    if transient(error):
+        return False
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
@@ -119,6 +122,18 @@ def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None
             name, size = unit_name(shard, start, stop), int((stop - start) * row_bytes)
             units.append(Unit(shard.name, start, stop, name, size, reach.get(start, 0), reach.get(stop, 0)))
     return units
+
+
+def part_of(units: Sequence[Unit], i: int, n: int) -> list[Unit]:
+    """The i-th of ``n`` parts: contiguous, so that each reads its own shards alone, and parted where no cut can move."""
+
+    def edge(k: int) -> int:
+        place = len(units) * k // n
+        while place < len(units) and units[place].start_reach:
+            place += 1
+        return place
+
+    return list(units[edge(i - 1) : edge(i)])
 
 
 def _ranges(groups: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

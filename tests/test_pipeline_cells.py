@@ -13,7 +13,7 @@ from pipeline.storage import Storage
 
 
 def lists(values: list[Any], kind: pa.DataType, root: str = "/nowhere") -> list[list[dict[str, Any]]]:
-    return image_lists(pa.chunked_array([values], kind), Storage(root), "shard.parquet").to_pylist()
+    return image_lists(pa.chunked_array([values], kind), [Storage(root)], "shard.parquet").to_pylist()
 
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -71,11 +71,11 @@ def test_paths_are_read_beside_the_shard_and_under_the_root(tmp_path: Path, pict
         "s3://b/x",
         "a\0b",
     ]
-    cells = image_lists(pa.chunked_array([read + kept]), Storage(str(root)), "part/shard.parquet").to_pylist()
+    cells = image_lists(pa.chunked_array([read + kept]), [Storage(str(root))], "part/shard.parquet").to_pylist()
     assert [c[0]["bytes"] for c in cells[: len(read)]] == [picture(), b"up", b"up", b"up"]
     for cell in cells[len(read) :]:
         assert cell[0]["bytes"] is None
-        assert "outside the input's own folder" in cell[0]["error"]
+        assert "outside the folders where images are read" in cell[0]["error"]
 
 
 def test_s3_paths(s3: dict[str, Any]) -> None:
@@ -89,12 +89,12 @@ def test_s3_paths(s3: dict[str, Any]) -> None:
         "/etc/passwd",
         "file:///etc/passwd",
     ]
-    cells = image_lists(pa.chunked_array([uris]), root, "shard.parquet").to_pylist()
+    cells = image_lists(pa.chunked_array([uris]), [root], "shard.parquet").to_pylist()
     assert [c[0]["bytes"] for c in cells] == [b"png", b"png", None, None, None, None]
     assert "no such file" in cells[4][0]["error"]  # under the root, like any key
     assert "outside" in cells[5][0]["error"]
     with pytest.raises(ValueError, match="outside"):
-        resolve("s3://bucket/cells/../x.png", root, "shard.parquet")
+        resolve("s3://bucket/cells/../x.png", [root], "shard.parquet")
 
 
 def test_strings_that_are_not_utf8() -> None:
@@ -103,3 +103,36 @@ def test_strings_that_are_not_utf8() -> None:
     assert strings(pa.chunked_array([broken])) == ["fine", None, None]
     assert strings(pa.array([1, None])) == ["1", None]
     assert strings(pa.array(["a", "b", "a"]).dictionary_encode()) == ["a", "b", "a"]
+
+
+def test_other_roots_are_read_where_they_are_named(tmp_path: Path, s3: dict[str, Any]) -> None:
+    for folder in ("in", "photos", "private"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes(folder.encode())
+    bucket = Storage("s3://bucket/other photos", s3)
+    bucket.write("y.png", b"from the bucket", temporary="")
+    roots = [Storage(str(tmp_path / "in")), Storage(str(tmp_path / "photos")), bucket]
+    uris = [
+        "x.png",
+        f"{tmp_path}/photos/x.png",
+        f"file://{tmp_path}/photos/x.png",
+        "s3://bucket/other photos/y.png",
+        f"{tmp_path}/private/x.png",
+        f"{tmp_path}/photos/../private/x.png",
+        "s3://bucket/secret/y.png",
+        "s3://elsewhere/other photos/y.png",
+        "http://169.254.169.254/latest/meta-data/iam",
+    ]
+    cells = image_lists(pa.array(uris), roots, "shard.parquet").to_pylist()
+    assert [cell[0]["bytes"] for cell in cells] == [b"in", b"photos", b"photos", b"from the bucket", *[None] * 5]
+    assert all("outside the folders where images are read" in cell[0]["error"] for cell in cells[4:])
+
+
+def test_a_path_that_is_no_text_is_this_rows_error(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"x")
+    raw = pa.array([b"x.png", b"\xff\xfe", None], pa.binary())
+    broken = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    cells = image_lists(broken, [Storage(str(tmp_path))], "shard.parquet").to_pylist()
+    assert cells[0][0]["bytes"] == b"x"
+    assert cells[1][0]["error"] == "the image's path is not UTF-8"
+    assert cells[2] == []

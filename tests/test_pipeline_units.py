@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import units
 from pipeline.storage import Storage
-from pipeline.units import Shard, plan_units
+from pipeline.units import Shard, part_of, plan_units
 
 SCHEMA = pa.schema([])
 
@@ -100,3 +100,14 @@ def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path: Path, content: b
     (tmp_path / "bad.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=r"^bad\.parquet is not a parquet file"):
         units.read_footers(Storage(str(tmp_path)), ["bad.parquet"])
+
+
+def test_parts_are_disjoint_whole_and_parted_where_no_cut_can_move() -> None:
+    shards = [Shard(f"{i}.parquet", (10, 25, 7), 1000, pa.schema([])) for i in range(5)]
+    units = plan_units(shards, 8)
+    for n in (1, 2, 3, 7):
+        parts = [part_of(units, i, n) for i in range(1, n + 1)]
+        assert [unit for part in parts for unit in part] == units
+        assert all(part[0].start_reach == 0 for part in parts if part)
+        assert max(map(len, parts)) <= len(units) // n + 4
+    assert sum(map(bool, (part_of(units, i, 100) for i in range(1, 101)))) < 100
