@@ -16,7 +16,9 @@ from pipeline.config import Job, RunConfig
 
 REFUSED = 2
 FAILED = 1
+TOO_MANY_ERRORS = 3
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 def parser(job: Job, description: str, leave_out: Sequence[str], **defaults: Any) -> ArgumentParser:
@@ -56,7 +58,8 @@ def field_docs() -> dict[str, str]:
 
 
 def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixed: Any) -> int:
-    """Parses, plans, runs and reports; returns the exit code: 0 done, 1 broke off, 2 refused with nothing written."""
+    """Parses, plans, runs and reports; returns the exit code: 0 done, 1 broke off, 2 refused with nothing written, 3 done with
+    too many errors."""
     try:
         given = made.parse_args(arguments).as_dict()
         given.pop("config"), given.pop("print_config", None)
@@ -77,21 +80,24 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
     if dry_run:
         print(report.dry_run(plan))
         return 0
-    from pipeline import cluster, graph
+    from pipeline import cluster, graph, record
 
     print(report.heading(plan), file=sys.stderr, flush=True)
     try:
-        summary = graph.run(plan)
-    except cluster.TooSmallError as error:
+        summary = graph.run(plan, say=lambda line: print(line, file=sys.stderr, flush=True))
+    except (cluster.TooSmallError, record.RefusalError) as error:
         # No wider: what Ray raises for a task's ValueError, in the middle of a run, is a ValueError too.
         return refuse(made, error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, cluster.Terminated) as stopped:
         print("stopped; the same command continues this run", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
     except Exception as error:  # noqa: BLE001 - the program's boundary: one line and an exit code that tells the truth
         print(f"{made.prog}: the run broke off: {report.cause(error)}; the same command continues it", file=sys.stderr)
         return FAILED
     print(report.table(summary, plan.config.output))
+    if summary["errors"] > config.max_error_rate * summary["rows"]:
+        print(f"{made.prog}: {report.too_many_errors(summary, config.max_error_rate)}", file=sys.stderr)
+        return TOO_MANY_ERRORS
     return 0
 
 

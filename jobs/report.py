@@ -9,6 +9,8 @@ from pipeline.plan import Plan
 
 # The line of a traceback that names the exception.
 _NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception): ")
+KINDS = 3
+"""Kinds of errors that a summary names."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -42,7 +44,8 @@ def dry_run(plan: Plan) -> str:
     lines = [
         heading(plan),
         f"input       {config.input}, {size(sum(s.size for s in plan.shards))}",
-        f"output      {config.output}, {count(len(plan.remaining), 'file')} to write",
+        f"output      {config.output}, {count(len(plan.remaining), 'file')} to write"
+        + (f", once {count(len(plan.removes), 'file')} of an earlier run are deleted" if plan.removes else ""),
         f"model       {plan.checkpoint.source} ({plan.checkpoint.identity})",
         f"actors      {config.num_actors}, each {config.cpus_per_actor:g} CPUs, {gpus}, up to {config.batch_size} rows at once",
         f"columns     {columns or 'none'}",
@@ -60,7 +63,7 @@ def example_prompt(plan: Plan) -> str:
     from pipeline.source import UnitReader
 
     prompter = Prompter(load_processor(plan.checkpoint))
-    (block,) = UnitReader(plan.input, plan.columns)(plan.units[0])
+    (block,) = UnitReader(plan.input, plan.columns, plan.image_roots)(plan.units[0])
     for row in block[schema.ROWS][0]:
         question = plan.config.prompt or row[schema.TEXT].as_py()
         if question:
@@ -78,6 +81,7 @@ def table(summary: dict[str, Any], output: str) -> str:
     lines = [
         ("rows", f"{rows:,}"),
         ("errors", f"{summary['errors']:,}"),
+        *((f"  {found['rows']:,}", kind) for kind, found in list(summary.get("error_kinds", {}).items())[:KINDS]),
         ("seconds", f"{seconds:.1f}, {working:.1f} of them with the cluster up"),
         ("images/s", f"{summary['images'] * share / working:.1f}" if working else "-"),
         ("mean kept fraction", "-" if fraction is None else f"{fraction:.3f}"),
@@ -89,6 +93,17 @@ def table(summary: dict[str, Any], output: str) -> str:
     lines.append(("device", f"{summary['device']}, {summary['dtype']}"))
     lines.append(("output", output))
     return "\n".join(f"{name:<20}{value}" for name, value in lines)
+
+
+def too_many_errors(summary: dict[str, Any], most: float) -> str:
+    """Why a run that is written ends with an error, in one line."""
+    share = summary["errors"] / summary["rows"]
+    # In the order of their frequency.
+    kind, found = next(iter(summary["error_kinds"].items()))
+    return (
+        f"all rows are written, and {share:.1%} of them have an error, over max_error_rate={most:g}; most often "
+        f"({count(found['rows'], 'row')}): {kind} (ids {', '.join(found['ids'])})"
+    )
 
 
 def cause(error: BaseException) -> str:

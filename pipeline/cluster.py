@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +27,15 @@ class Resources:
     gpus: float
 
 
+class Terminated(BaseException):
+    """SIGTERM: somebody wants the run to end, as ``ray job stop`` does."""
+
+
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Ray, joined where an address is given or RAY_ADDRESS names one, else started here and stopped afterwards.
 
-    A Ray that the caller has started is used and left alone.
+    A Ray that the caller has started is used and left alone. SIGTERM raises ``Terminated`` inside.
     """
     # Ray warns of its next version's default otherwise; with 0 it leaves CUDA_VISIBLE_DEVICES alone for actors without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -40,7 +46,8 @@ def connected(address: str | None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        with _terminable():
+            yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     # Reads and writes take a CPU each beside the actor's: on one core Ray has to be told that there are two.
@@ -50,9 +57,27 @@ def connected(address: str | None) -> Iterator[None]:
     with _no_native_stderr():
         ray.init(address, **options)
     try:
-        yield
+        # After ray.init, which sets a handler of its own.
+        with _terminable():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ _DECIDES = (
     "dtype",
     "prompt",
     "image_column",
+    "image_roots",
     "question_column",
     "id_column",
     "answer_column",
@@ -42,6 +44,7 @@ _DECIDES = (
     "limit",
     "unit_rows",
     "write_kept",
+    "partitions",
 )
 
 
@@ -85,11 +88,15 @@ class RunConfig:
     image_column: str = "image"
     """Column of images: bytes, a {bytes, path} struct, a URI, or a list of these."""
 
+    image_roots: list[str] = field(default_factory=list)
+    """Folders besides the input's own, local or s3://, that URIs of images may point into; all others are refused."""
+
     question_column: str | None = "question"
     """Column of questions."""
 
     id_column: str | None = None
-    """Column of row ids; default: ``id`` where the input has one, else a digest of shard and row index."""
+    """Column of row ids, all different; default: ``id`` where the input has one. Without one, or where this is '', ids are
+    digests of shard and row index."""
 
     answer_column: str | None = None
     """Column of true answers, for accuracy; default: ``answer`` where the input has one."""
@@ -143,6 +150,15 @@ class RunConfig:
     write_kept: bool = False
     """Also write each row's kept positions and its images' tile grids."""
 
+    partition: str | None = None
+    """``i/n``: only the i-th of n parts of the units, for independent jobs that share an output folder."""
+
+    overwrite: bool = False
+    """Delete the run that the output folder holds, and begin anew; files of something else are never deleted."""
+
+    max_error_rate: float = 0.05
+    """Share of rows with an error above which a run, though written whole, ends with exit code 3."""
+
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for s3fs (JSON or YAML), such as {"endpoint_url": "http://..."}; never recorded."""
 
@@ -177,6 +193,21 @@ class RunConfig:
         if self.image_cache_gib < 0 or (self.kv_gib is not None and self.kv_gib <= 0):
             given = f"image_cache_gib={self.image_cache_gib}, kv_gib={self.kv_gib}"
             raise ValueError(f"{given}: memory must be positive (or image_cache_gib=0 for no cache)")
+        if self.partition is not None:
+            found = re.fullmatch(r"(\d+)/(\d+)", self.partition)
+            if not found or not 1 <= int(found[1]) <= int(found[2]):
+                raise ValueError(f"partition={self.partition!r} is not i/n with 1 <= i <= n, such as 3/8")
+            if self.overwrite:
+                raise ValueError(
+                    "overwrite would delete the other partitions' work too; run it without partition, or choose a folder"
+                )
+        for url in self.image_roots:
+            if not url.strip() or url.startswith(("http:", "https:")):
+                raise ValueError(
+                    f"image_roots={self.image_roots}: name folders, local or s3://; a web server may send the cluster elsewhere"
+                )
+        if not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate={self.max_error_rate} must lie in [0, 1]; 1 puts up with everything")
         if self.cpus_per_actor < 0 or (self.gpus_per_actor or 0) < 0:
             given = f"cpus_per_actor={self.cpus_per_actor}, gpus_per_actor={self.gpus_per_actor}"
             raise ValueError(f"{given} must not be negative; use 0 for none")
@@ -203,7 +234,14 @@ class RunConfig:
         """The resolved configuration as JSON values, without anything that may hold a secret."""
         values = asdict(self) | self.policy_options
         values["storage_options"] = sorted(values["storage_options"])
+        values["partitions"] = self.part[1]
         return values
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(i, n) of ``partition``; (1, 1) without."""
+        i, _, n = (self.partition or "1/1").partition("/")
+        return int(i), int(n)
 
     def decides_output(self) -> dict[str, Any]:
         """The part of ``recorded`` that two runs must share to write into one folder, input and model apart."""

@@ -4,32 +4,54 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline import cluster, record
-from pipeline.plan import Plan
+from pipeline import cluster, lock, record
+from pipeline.plan import Plan, look_again
 
 
-def run(plan: Plan) -> dict[str, Any]:
+def run(plan: Plan, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
     """Does what is left of ``plan`` and returns its summary; a finished run is not touched.
 
-    Raises ``cluster.TooSmallError`` before anything is written; Ray's exceptions where the run broke off; ``ValueError`` where
+    ``say`` takes a line on what is waited for or deleted. Raises ``cluster.TooSmallError`` before anything is written,
+    ``RefusalError`` where another run writes to the folder, Ray's exceptions where the run broke off, and ``ValueError`` where
     all units are written and do not have the plan's rows.
     """
-    summary = record.read_summary(plan.output) if plan.begun and not plan.remaining else None
-    if summary is not None:
+    if (summary := _finished(plan)) is not None:
         return summary
+    part = plan.part
+    plan = replace(plan, input=plan.input.patient(), output=plan.output.patient())
     began = time.monotonic()
-    stats = record.read_markers(plan.output, plan.finished)
-    working = 0.0
-    if plan.remaining:
-        with cluster.connected(plan.config.ray_address):
-            resources = cluster.fit(plan.config)
-            record.begin(plan.output, plan.record() | {"started": datetime.now(UTC).isoformat(timespec="seconds")})
+    if not plan.remaining:
+        with lock.locked(plan.output, say, part):
+            return _conclude(plan, record.read_markers(plan.output, plan.finished), began, 0.0)
+    with cluster.connected(plan.config.ray_address):
+        resources = cluster.fit(plan.config)
+        with lock.locked(plan.output, say, part):
+            # Another run may have written while this one planned, or waited for its lock.
+            plan = look_again(plan)
+            if (summary := _finished(plan)) is not None:
+                return summary
+            if plan.removes:
+                say(f"deleting {len(plan.removes)} files of the run in {plan.output.url}")
+                record.delete(plan.output, plan.removes)
+            stats = record.read_markers(plan.output, plan.finished)
+            record.begin(plan.output, plan.record() | {"started": datetime.now(UTC).isoformat(timespec="seconds")}, part)
             now = time.monotonic()
-            stats += _execute(plan, resources)
-            working = time.monotonic() - now
+            if plan.remaining:
+                stats += _execute(plan, resources)
+            return _conclude(plan, stats, began, time.monotonic() - now)
+
+
+def _finished(plan: Plan) -> dict[str, Any] | None:
+    return record.read_summary(plan.output, plan.part) if plan.begun and not plan.remaining else None
+
+
+def _conclude(plan: Plan, stats: list[dict[str, Any]], began: float, working: float) -> dict[str, Any]:
+    """Adds up and writes the summary."""
     summary = record.summarise(stats)
     plan.check_rows(summary["rows"])
     new = sum(unit.rows for unit in plan.remaining)
@@ -40,7 +62,8 @@ def run(plan: Plan) -> dict[str, Any]:
         "seconds_working": round(working, 3),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    record.write_summary(plan.output, summary)
+    record.write_summary(plan.output, summary, plan.part)
+    record.clear_unfinished(plan.output, plan.part)
     return summary
 
 
@@ -48,8 +71,10 @@ def _execute(plan: Plan, resources: cluster.Resources) -> list[dict[str, Any]]:
     """Runs the remaining units on the connected cluster; their statistics."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from pipeline.actor import Answerer
+    from pipeline.attempts import Attempts, RemoteAttempts
     from pipeline.progress import Progress
     from pipeline.sink import UnitSink, UnitWriter
     from pipeline.source import UnitReader, UnitSource
@@ -60,12 +85,15 @@ def _execute(plan: Plan, resources: cluster.Resources) -> list[dict[str, Any]]:
     context.enable_progress_bars = False
     _quiet_console()
 
-    sink = UnitSink(UnitWriter(plan.output, plan.columns.output(config.write_kept)))
-    source = UnitSource(UnitReader(plan.input, plan.columns), units)
+    sink = UnitSink(UnitWriter(plan.output, plan.columns.output(config.write_kept), plan.part))
+    source = UnitSource(UnitReader(plan.input, plan.columns, plan.image_roots), units)
+    # Beside the driver: a worker's machine may go, and what units were begun must not go with it.
+    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    attempts: Any = ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=beside).remote()
     with Progress(plan.rows, plan.rows - sum(u.rows for u in units)) as progress:
         ray.data.read_datasource(source, override_num_blocks=len(units)).map_batches(
             Answerer,
-            fn_constructor_args=(config, plan.columns, plan.checkpoint, progress.report),
+            fn_constructor_args=(config, plan.columns, plan.checkpoint, progress.report, RemoteAttempts(attempts)),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.cpus,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import record, units
 from pipeline.config import RunConfig
+from pipeline.ids import check_ids
 from pipeline.model import Checkpoint, find_checkpoint, versions
 from pipeline.schema import Columns, plan_columns
 from pipeline.storage import Storage, split_input, without
@@ -28,6 +29,17 @@ class Plan:
     """Units that an earlier start of this run has written."""
     begun: bool
     """Whether the output folder holds this run already."""
+    removes: list[str]
+    """Files of an earlier run that are deleted before this one begins, as ``overwrite`` asks."""
+
+    @property
+    def part(self) -> str:
+        """See ``record.part``."""
+        return record.part(*self.config.part)
+
+    @property
+    def image_roots(self) -> tuple[Storage, ...]:
+        return tuple(Storage(url, self.config.storage_options, self.input.patience) for url in self.config.image_roots)
 
     @property
     def rows(self) -> int:
@@ -87,8 +99,21 @@ def make_plan(config: RunConfig) -> Plan:
     planned = units.plan_units(shards, config.unit_rows, config.limit)
     if not planned:
         raise ValueError(f"input={config.input!r} holds no rows")
-    plan = Plan(config, checkpoint, root, shards, columns, planned, output, [], False)
-    if not record.check_output(output, plan.decides(), config.recorded()):
-        return plan
-    finished = record.finished(output, [unit.name for unit in planned])
-    return Plan(config, checkpoint, root, shards, columns, planned, output, finished, True)
+    whole = len(planned)
+    planned = units.part_of(planned, *config.part)
+    if not planned:
+        raise ValueError(f"partition={config.partition!r} of {whole} units is empty; make fewer partitions, or lower unit_rows")
+    plan = look_again(Plan(config, checkpoint, root, shards, columns, planned, output, [], False, []))
+    # The longest look, and one that a run which has begun was given.
+    if columns.id and not plan.begun:
+        check_ids(root, planned, columns.id)
+    return plan
+
+
+def look_again(plan: Plan) -> Plan:
+    """``plan`` with what its output folder holds by now. Raises ``RefusalError`` where that is something else."""
+    output, names = plan.output, [unit.name for unit in plan.units]
+    if plan.config.overwrite and (removes := record.own_files(output)):
+        return replace(plan, finished=[], begun=False, removes=removes)
+    begun = record.check_output(output, plan.decides(), plan.config.recorded(), plan.part)
+    return replace(plan, finished=record.finished(output, names) if begun else [], begun=begun, removes=[])

@@ -3,7 +3,12 @@
     .run/run.json        resolved configuration, versions, and what decides the output
     .run/units/NAME.json marker of a finished unit, with its statistics
     .run/unfinished/     files on their way
+    .run/lock, .run/holder.json
+                         who writes here at present; see pipeline.lock
     .run/summary.json    totals, written last
+
+Partitions of a run, which independent jobs work at, have one of each, the markers apart: ``run-3-of-8.json`` and so on.
+``part`` is that insert, or empty.
 
 A dotted folder, since parquet readers skip that; not all of them skip a name with an underscore in front.
 """
@@ -11,17 +16,22 @@ A dotted folder, since parquet readers skip that; not all of them skip a name wi
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pipeline import errors
 from pipeline.storage import Storage
 
-RUN = ".run/run.json"
-SUMMARY = ".run/summary.json"
+RUN = ".run/run{part}.json"
+SUMMARY = ".run/summary{part}.json"
 UNITS = ".run/units"
-UNFINISHED = ".run/unfinished"
+UNFINISHED = ".run/unfinished{part}"
+LOCK = ".run/lock{part}"
+HOLDER = ".run/holder{part}.json"
 
 _SUMS = (
     "rows",
@@ -45,6 +55,12 @@ _SUMS = (
 _PEAKS = ("peak_memory_bytes", "peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
 
 
+_RUN = re.compile(r"run(-\d+-of-\d+)?\.json")
+_SUMMARY = re.compile(r"summary(-\d+-of-\d+)?\.json")
+# See units.unit_name.
+_UNIT_FILE = re.compile(r".*-[0-9a-f]{10}-\d{7,}-\d{7,}\.parquet")
+
+
 class RefusalError(ValueError):
     """The output folder holds something that this run must not touch."""
 
@@ -54,32 +70,65 @@ def marker(unit: str) -> str:
     return f"{UNITS}/{unit}.json"
 
 
-def check_output(output: Storage, decides: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run, begun earlier; False for a free folder. Raises ``RefusalError`` otherwise.
+def part(i: int, n: int) -> str:
+    """What the names of partition ``i`` of ``n`` have inserted."""
+    return f"-{i}-of-{n}" if n > 1 else ""
+
+
+def check_output(output: Storage, decides: dict[str, Any], config: dict[str, Any], part: str = "") -> bool:
+    """Whether the folder holds this very run, or partition of it, begun earlier; False for a free folder, and for one in which
+    only other partitions have begun. Raises ``RefusalError`` otherwise.
 
     ``decides`` is what two runs must share to write into one folder; ``config`` is this run's, as it would be recorded.
     """
-    try:
-        run = json.loads(output.read(RUN))
-        found, there = run["decides"], run["config"]
-    except FileNotFoundError:
-        found = None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusalError(f"output={output.url!r} holds an unreadable {RUN}; choose another folder") from error
-    except NotADirectoryError as error:
-        raise RefusalError(f"output={output.url!r} is a file; name a folder") from error
-    if found is None:
-        if output.local and output.open()[0].isfile(output.open()[1]):
-            raise RefusalError(f"output={output.url!r} is a file; name a folder")
-        foreign = [n for n in output.names() if not n.startswith(".")]
-        if foreign:
-            raise RefusalError(f"output={output.url!r} holds files of something else ({foreign[0]}); choose another folder")
+    own = RUN.format(part=part)
+    runs = [f".run/{name}" for name in output.names(".run") if _RUN.fullmatch(name)]
+    if not runs:
+        _check_free(output)
         return False
+    begun = own in runs
+    name = own if begun else runs[0]
+    try:
+        run = json.loads(output.read(name))
+        found, there = run["decides"], run["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusalError(f"output={output.url!r} holds an unreadable {name}; choose another folder") from error
     differ = [name for name in decides if found.get(name) != _as_json(decides[name])]
     if differ:
         said = ", ".join(f"{name} ({_was(there.get(name), config[name])})" for name in differ)
-        raise RefusalError(f"output={output.url!r} holds another run, which differs in {said}; choose another folder")
-    return True
+        raise RefusalError(
+            f"output={output.url!r} holds another run, which differs in {said}; choose another folder, or delete that run with "
+            "--overwrite"
+        )
+    return begun
+
+
+def _check_free(output: Storage) -> None:
+    if output.local and os.path.exists(path := output.open()[1]) and not os.path.isdir(path):
+        raise RefusalError(f"output={output.url!r} is a file; name a folder")
+    foreign = [n for n in output.names() if not n.startswith(".")]
+    if foreign:
+        raise RefusalError(f"output={output.url!r} holds files of something else ({foreign[0]}); choose another folder")
+
+
+def own_files(output: Storage) -> list[str]:
+    """All files of the run in the folder; none where there is no run.
+
+    Raises ``RefusalError`` where other files lie among them.
+    """
+    own = output.names(".run")
+    runs = [f".run/{name}" for name in own if _RUN.fullmatch(name)]
+    if not runs:
+        return []
+    names = output.names()
+    data = [name for name in names if _UNIT_FILE.fullmatch(name)]
+    foreign = [name for name in names if name not in data and not name.startswith(".")]
+    if foreign:
+        raise RefusalError(
+            f"output={output.url!r} holds files that no run wrote ({foreign[0]}), and overwrite spares them; move them"
+        )
+    markers = [f"{UNITS}/{name}" for name in output.names(UNITS)]
+    return [*data, *markers, *(f".run/{name}" for name in own if _SUMMARY.fullmatch(name)), *runs]
 
 
 def _was(there: Any, here: Any) -> str:
@@ -90,9 +139,22 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def begin(output: Storage, run: dict[str, Any]) -> None:
+def delete(output: Storage, names: Sequence[str]) -> None:
+    """Deletes ``own_files``, what tells that there is a run last: a deletion that breaks off can be taken up again."""
+    last = {name for name in names if _RUN.fullmatch(name.removeprefix(".run/"))}
+    output.remove(*(name for name in names if name not in last))
+    output.remove(*last)
+
+
+def begin(output: Storage, run: dict[str, Any], part: str = "") -> None:
     """Writes run.json. ``run`` holds ``decides`` among the rest."""
-    output.write(RUN, json.dumps(run, indent=2).encode(), temporary=UNFINISHED)
+    output.write(RUN.format(part=part), json.dumps(run, indent=2).encode(), temporary=UNFINISHED.format(part=part))
+
+
+def clear_unfinished(output: Storage, part: str = "") -> None:
+    """Deletes what killed writers left on its way; only for who holds the lock, once nobody writes."""
+    folder = UNFINISHED.format(part=part)
+    output.remove(*(f"{folder}/{name}" for name in output.names(folder)))
 
 
 def finished(output: Storage, units: Iterable[str]) -> list[str]:
@@ -115,7 +177,9 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     devices: Counter[str] = Counter()
     peaks = dict.fromkeys(_PEAKS, 0)
     dtypes: set[str] = set()
+    kinds: list[errors.Kinds] = []
     for unit in stats:
+        kinds.append(unit.get("error_kinds", {}))
         for name in _SUMS:
             totals[name] += unit.get(name, 0)
         seconds.update(unit["seconds"])
@@ -124,6 +188,7 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         peaks = {name: max(most, unit.get(name, 0)) for name, most in peaks.items()}
     trimmed_rows, kept = totals.pop("keep_fraction_rows"), totals.pop("keep_fraction_sum")
     judged, correct = totals.pop("judged"), totals.pop("correct")
+    totals["error_kinds"] = errors.merge(kinds)
     totals["mean_keep_fraction"] = kept / trimmed_rows if trimmed_rows else None
     totals["accuracy"] = correct / judged if judged else None
     totals["judged"] = judged
@@ -134,14 +199,14 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return totals
 
 
-def write_summary(output: Storage, summary: dict[str, Any]) -> None:
-    output.write(SUMMARY, json.dumps(summary, indent=2).encode(), temporary=UNFINISHED)
+def write_summary(output: Storage, summary: dict[str, Any], part: str = "") -> None:
+    output.write(SUMMARY.format(part=part), json.dumps(summary, indent=2).encode(), temporary=UNFINISHED.format(part=part))
 
 
-def read_summary(output: Storage) -> dict[str, Any] | None:
-    """The finished run's summary, or None."""
+def read_summary(output: Storage, part: str = "") -> dict[str, Any] | None:
+    """The finished run's, or partition's, summary, or None."""
     try:
-        summary: dict[str, Any] = json.loads(output.read(SUMMARY))
+        summary: dict[str, Any] = json.loads(output.read(SUMMARY.format(part=part)))
     except (FileNotFoundError, ValueError):
         return None
     return summary

@@ -101,15 +101,17 @@ def plan_columns(
 ) -> Columns:
     """Roles, output names and types from the shards' schemas, given as (shard, schema).
 
-    ``id`` and ``answer`` of None stand for the columns of these names where the input has them. Raises ``ValueError`` for a
-    missing column, a type that can't serve, and shards that disagree.
+    ``id`` and ``answer`` of None stand for the columns of these names where the input has them; an empty ``id`` for none.
+    Raises ``ValueError`` for a missing column, a type that can't serve, and shards that disagree.
     """
     first = schemas[0][1]
     names = set(first.names)
     for shard, schema in schemas:
-        _check_shard(shard, schema, image, question, id)
+        _check_shard(shard, schema, image, question, id or None)
         names &= set(schema.names)
-    if id is None and "id" in names and _identifies(first.field("id").type):
+    if id == "":
+        id = None
+    elif id is None and "id" in names and _identifies(first.field("id").type):
         id = "id"
     for shard, schema in schemas:
         if id is not None and not _identifies(schema.field(id).type):

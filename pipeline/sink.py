@@ -26,6 +26,7 @@ class UnitWriter:
 
     output: Storage
     columns: pa.Schema
+    part: str = ""
 
     def __call__(self, unit: str, rows: pa.StructArray, stats: dict[str, Any]) -> dict[str, Any]:
         """The unit's statistics, once its file and its marker are there. Writing a unit twice leaves one file.
@@ -39,9 +40,10 @@ class UnitWriter:
         table = pa.Table.from_arrays(rows.flatten(), schema=self.columns)
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")
-        self.output.write(f"{unit}.parquet", buffer.getvalue().to_pybytes(), temporary=record.UNFINISHED)
+        temporary = record.UNFINISHED.format(part=self.part)
+        self.output.write(f"{unit}.parquet", buffer.getvalue().to_pybytes(), temporary=temporary)
         # Data first: a marker without its file would be a loss, a file without its marker is only done again.
-        self.output.write(record.marker(unit), json.dumps(stats).encode(), temporary=record.UNFINISHED)
+        self.output.write(record.marker(unit), json.dumps(stats).encode(), temporary=temporary)
         return stats
 
 

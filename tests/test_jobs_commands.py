@@ -152,11 +152,13 @@ def test_the_summary_in_words() -> None:
         "rows": 4, "rows_this_start": 4, "errors": 1, "images": 3, "seconds": 10.0, "seconds_working": 6.0,
         "cross_kv_bytes_full": 4 * 2**20, "cross_kv_bytes": 2**20, "mean_keep_fraction": 0.25, "accuracy": 0.5,
         "judged": 2, "device": "CPU, 2 threads", "dtype": "float32",
+        "error_kinds": {"no such file": {"rows": 1, "ids": ["a"]}},
     }  # fmt: skip
     said = report.table(summary, "out")
     for line in (
         "rows                4",
         "errors              1",
+        "  1                 no such file",
         "images/s            0.5",
         "KV saved            3.0 MiB (75.0%)",
     ):
@@ -191,25 +193,41 @@ def test_a_run_that_breaks_off_is_no_refusal(
 def test_a_run_and_its_repetition(shard: Path, checkpoint_folder: str) -> None:
     """The command starts a Ray of its own, answers, ends; the second time there is nothing to do."""
     arguments = [*given(shard, checkpoint_folder), "--max-new-tokens", "4"]
-    first = run("answer", *arguments)
+    first = run("answer", *arguments, "--max-error-rate", "0.2")
     assert first.returncode == 0, first.stderr
     assert "errors              1" in first.stdout
     assert "accuracy" in first.stdout
     assert "Traceback" not in first.stderr
     assert len(pq.read_table(shard.parent / "out")) == 6
     began = time.monotonic()
-    again = run("answer", *arguments)
+    again = run("answer", *arguments, "--max-error-rate", "0.2")
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert time.monotonic() - began < 5
+    strict = run("answer", *arguments)
+    assert (strict.returncode, strict.stdout) == (3, first.stdout)
+    assert "16.7% of them have an error, over max_error_rate=0.05; most often (1 row): " in strict.stderr
     other = run("answer", *arguments, "--k-ratio", "0.5")
     assert other.returncode == 2
     assert "differs in k_ratio (0.25 there, 0.5 here)" in other.stderr
+    anew = run("answer", *arguments, "--k-ratio", "0.5", "--overwrite", "--max-error-rate", "0.2")
+    assert anew.returncode == 0, anew.stderr
+    assert "deleting " in anew.stderr
+    assert len(pq.read_table(shard.parent / "out")) == 6
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_joining_a_cluster(shard: Path, checkpoint_folder: str, ray_cluster: str) -> None:
-    done = run("caption", *given(shard, checkpoint_folder), "--max-new-tokens", "2", "--ray-address", ray_cluster)
+    done = run(
+        "caption",
+        *given(shard, checkpoint_folder),
+        "--max-new-tokens",
+        "2",
+        "--ray-address",
+        ray_cluster,
+        "--max-error-rate",
+        "1",
+    )
     assert done.returncode == 0, done.stderr
     rows = pq.read_table(shard.parent / "out").to_pylist()
     assert sum(r["error"] is None for r in rows) == 5

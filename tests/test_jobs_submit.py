@@ -64,7 +64,16 @@ def test_a_jobs_exit_code_tells_the_truth(
 ) -> None:
     table = pa.table({"image": [picture(seed=i) for i in range(4)] + [b"broken"], "question": ["how many"] * 5})
     pq.write_table(table, tmp_path / "shard.parquet")
-    given = ["--input", str(tmp_path / "shard.parquet"), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    given = [
+        "--input",
+        str(tmp_path / "shard.parquet"),
+        "--output",
+        str(tmp_path / "out"),
+        "--max-new-tokens",
+        "2",
+        "--max-error-rate",
+        "0.5",
+    ]
 
     done = submit(head, *given, "--model", checkpoint_folder)
     assert done.returncode == 0, done.stdout + done.stderr

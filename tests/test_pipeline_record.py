@@ -125,3 +125,34 @@ def test_summaries_add_up() -> None:
     assert total["seconds_per_stage"] == {"decode": 2.0, "read": 1.5}
     nothing = record.summarise([STATS])
     assert nothing["mean_keep_fraction"] is nothing["accuracy"] is None
+
+
+def unit_file(number: int) -> str:
+    return f"shard-0123456789-{number:07d}-{number + 1:07d}.parquet"
+
+
+def test_overwriting_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path))
+    assert record.own_files(output) == []
+    for i in range(3):
+        output.write(unit_file(i), b"x", temporary=".run/unfinished")
+        output.write(record.marker(unit_file(i).removesuffix(".parquet")), b"{}", temporary=".run/unfinished")
+    (tmp_path / "notes.txt").write_text("mine")
+    # Without run.json these are somebody's files.
+    assert record.own_files(output) == []
+    record.begin(output, {"decides": {}, "config": {}})
+    record.write_summary(output, {})
+    with pytest.raises(RefusalError, match=r"no run wrote \(notes.txt\)"):
+        record.own_files(output)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "mine.parquet").write_bytes(b"x")
+    with pytest.raises(RefusalError, match=r"mine\.parquet"):
+        record.own_files(output)
+    (tmp_path / "mine.parquet").unlink()
+    names = record.own_files(output)
+    assert len(names) == 8
+    assert names[-1] == ".run/run.json"
+    record.delete(output, names)
+    assert output.names() == [".run"]
+    assert record.own_files(output) == []
+    assert not record.check_output(output, {}, {})

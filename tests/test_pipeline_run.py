@@ -72,7 +72,7 @@ def test_no_row_is_lost_and_every_reader_opens_the_folder(config: Any, shards: P
 
     # All that is no data lies in the dotted folder.
     assert {p.name for p in out.iterdir() if p.suffix != ".parquet"} == {".run"}
-    assert sorted(p.name for p in (out / ".run").iterdir()) == ["run.json", "summary.json", "unfinished", "units"]
+    assert sorted(p.name for p in (out / ".run").iterdir()) == ["lock", "run.json", "summary.json", "unfinished", "units"]
     run = json.loads((out / ".run/run.json").read_text())
     assert run["config"]["policy"] == "trimmed-llama"
     assert run["config"]["k_ratio"] == 0.25
@@ -172,7 +172,7 @@ def test_paths_as_images(config: Any, picture: Callable[..., bytes], tmp_path: P
     rows = read(tmp_path / "out").to_pylist()
     assert [r["images"] for r in rows] == [1, 2, 1, 1, 0]
     assert [r["error"] is None for r in rows] == [True, True, False, False, True]
-    assert "outside the input's own folder" in rows[3]["error"]
+    assert "outside the folders where images are read" in rows[3]["error"]
 
 
 def test_limit_and_one_file(config: Any, shards: Path, tmp_path: Path) -> None:
@@ -242,3 +242,23 @@ def test_a_broken_model_ends_the_run(config: Any, shards: Path, tmp_path: Path, 
     assert "can't be loaded: SafetensorError" in cause(caught.value)
     assert "\n" not in cause(caught.value)
     assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+def test_partitions_share_a_folder(config: Any, shards: Path, tmp_path: Path) -> None:
+    """Independent jobs, each with its record and its lock; together they are the run."""
+    made = {"input": str(shards), "output": str(tmp_path / "out"), "unit_rows": 5}
+    plans = [make_plan(config(**made, partition=f"{i}/3")) for i in (1, 2, 3)]
+    summaries = [graph.run(plan) for plan in plans]
+    assert [s["rows"] for s in summaries] == [plan.rows for plan in plans]
+    assert sum(s["rows"] for s in summaries) == 30
+    assert len(set(read(tmp_path / "out")["id"].to_pylist())) == 30
+    assert (tmp_path / "out/.run/summary-2-of-3.json").exists()
+    assert graph.run(make_plan(config(**made, partition="2/3"))) == summaries[1]
+    for other in ({"partition": "1/2"}, {}):
+        with pytest.raises(RefusalError, match="partitions"):
+            make_plan(config(**made, **other))
+    with pytest.raises(ValueError, match="partition='40/50' of 6 units is empty"):
+        make_plan(config(**{**made, "output": str(tmp_path / "other")}, partition="40/50"))
+    plan = make_plan(config(**made, overwrite=True))
+    assert len(plan.removes) == 6 + 6 + 3 + 3
+    assert graph.run(plan)["rows"] == 30

@@ -1,0 +1,174 @@
+"""Whole jobs that are hit: no row is lost, and none comes twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = 48
+UNIT = 4
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def shard(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
+    table = pa.table(
+        {
+            "image": [picture(100 + 40 * (i % 4), 80, seed=i) for i in range(ROWS)],
+            "question": ["how many"] * ROWS,
+            "id": [f"{i:03d}" for i in range(ROWS)],
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=UNIT)
+    return tmp_path / "in.parquet"
+
+
+class Job:
+    """``jobs.answer`` in a process group of its own, with a Ray of its own."""
+
+    def __init__(self, shard: Path, model: str, *options: str, **environment: str) -> None:
+        self.output = shard.parent / "out"
+        given = ["--input", str(shard), "--output", str(self.output), "--model", model, "--unit-rows", str(UNIT)]
+        self.log = shard.parent / f"log-{time.monotonic_ns()}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.answer", *given, "--max-new-tokens", "48", *options],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, seconds: float = 180) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            # Whatever a killed driver leaves behind is in its process group.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def wait_for_files(self, count: int) -> None:
+        for _ in range(900):
+            if len(list(self.output.glob("*.parquet"))) >= count:
+                return
+            assert self.process.poll() is None, self.said
+            time.sleep(0.1)
+        raise AssertionError(self.said)
+
+    def actors(self) -> list[int]:
+        """Processes of the job's actors that hold the model."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if "ray::MapWorker" in (folder / "cmdline").read_text() and os.getsid(int(folder.name)) == self.process.pid:
+                    found.append(int(folder.name))
+        return found
+
+
+def check(output: Path, errors: dict[str, str] | None = None) -> None:
+    """Every id once, and no errors but those whose text begins so."""
+    rows = pq.read_table(output).to_pylist()
+    assert sorted(row["id"] for row in rows) == [f"{i:03d}" for i in range(ROWS)]
+    found = {row["id"]: row["error"] for row in rows if row["error"] is not None}
+    assert found.keys() == (errors or {}).keys(), found
+    assert all(found[id].startswith(text) for id, text in (errors or {}).items()), found
+    assert list((output / ".run/unfinished").glob("*")) == []
+
+
+def test_an_actor_killed_in_the_middle_of_a_batch(shard: Path, checkpoint_folder: str) -> None:
+    job = Job(shard, checkpoint_folder)
+    job.wait_for_files(2)
+    (actor,) = job.actors()
+    os.kill(actor, signal.SIGKILL)
+    assert job.wait() == 0, job.said
+    check(job.output)
+
+
+def test_a_driver_killed_at_random_moments(shard: Path, checkpoint_folder: str) -> None:
+    draw = random.Random(0)
+    kills = int(os.environ.get("SOAK_KILLS", "2"))
+    for _ in range(kills):
+        job = Job(shard, checkpoint_folder)
+        try:
+            job.process.wait(draw.uniform(5, 14))
+        except subprocess.TimeoutExpired:
+            job.process.send_signal(signal.SIGKILL)
+        job.wait()
+    job = Job(shard, checkpoint_folder)
+    assert job.wait() == 0, job.said
+    # The files of killed writers are removed by whoever ends the run.
+    check(job.output)
+
+
+def test_sigterm_ends_in_a_state_that_continues(shard: Path, checkpoint_folder: str) -> None:
+    job = Job(shard, checkpoint_folder)
+    job.wait_for_files(1)
+    began = time.monotonic()
+    job.process.terminate()
+    assert job.wait(30) == 143, job.said
+    assert time.monotonic() - began < 30
+    assert "the same command continues this run" in job.said
+    done = len(list(job.output.glob("*.parquet")))
+    assert 1 <= done < ROWS // UNIT
+    job = Job(shard, checkpoint_folder)
+    assert job.wait() == 0, job.said
+    # SIGTERM may have met a unit between its file and its marker.
+    assert re.search(rf"({done}|{done - 1}) of them finished before", job.said), job.said
+    check(job.output)
+
+
+POISON = """
+import os, signal
+from pipeline.prompts import Prompter
+
+tokens = Prompter.tokens
+
+def poisoned(self, question, images):
+    if "poison" in question:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tokens(self, question, images)
+
+Prompter.tokens = poisoned
+"""
+
+
+@pytest.fixture
+def poison(tmp_path: Path) -> Path:
+    """A folder that gives every Python process a tokenizer which a certain word kills."""
+    folder = tmp_path / "poison"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(POISON)
+    return folder
+
+
+def test_a_row_that_always_kills_its_actor_is_left_out(shard: Path, checkpoint_folder: str, poison: Path) -> None:
+    table = pq.read_table(shard)
+    questions = ["poison" if i == 21 else "how many" for i in range(ROWS)]
+    table = table.set_column(1, "question", pa.array(questions))
+    pq.write_table(table, shard, row_group_size=UNIT)
+    job = Job(shard, checkpoint_folder, "--max-error-rate", "0.5", PYTHONPATH=f"{poison}{os.pathsep}{ROOT}")
+    assert job.wait(240) == 0, job.said
+    check(job.output, {"021": "left out, as the actor died each time"})
+    kinds = json.loads((job.output / ".run/summary.json").read_text())["error_kinds"]
+    assert [found["ids"] for found in kinds.values()] == [["021"]]
