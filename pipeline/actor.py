@@ -219,10 +219,13 @@ class Answerer:
             row.tiles = sum(len(t.pixels) for t in tiles)
             row.grids = [t.grid for t in tiles]
             return self.engine.submit(Prompt(row.id, row.tokens, tiles, row.keys))
+        except ImageError as error:
+            row.fail(str(error))
+            return None
         except Exception as error:
             if self.engine.batch.failed is not None:
                 raise
-            row.fail(str(error) if isinstance(error, ImageError) else error)
+            row.fail(error)
             return None
 
     def _take(self, row: Row, future: Future[Completion]) -> None:

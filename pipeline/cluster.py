@@ -8,11 +8,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
+
+POLL = 2.0
+"""Seconds between two looks at a cluster that is to grow."""
 
 
 class TooSmallError(ValueError):
@@ -94,8 +98,43 @@ def _no_native_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def fit(config: RunConfig) -> Resources:
-    """What each actor takes of the connected cluster. Raises ``TooSmallError``, with the arithmetic, where they don't fit."""
+@contextlib.contextmanager
+def fitted(config: RunConfig, say: Callable[[str], object] = lambda line: None) -> Iterator[Resources]:
+    """What each actor takes of the connected cluster, which is asked and given ``config.wait_minutes`` to grow to it.
+
+    Raises ``TooSmallError``, with the arithmetic, where the actors don't fit.
+    """
+    deadline = time.monotonic() + 60 * config.wait_minutes
+    asked = False
+    try:
+        while True:
+            try:
+                found = _fit(config)
+                break
+            except TooSmallError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if not asked:
+                    say(f"waiting up to {config.wait_minutes:g} minutes for the cluster to grow: {error}")
+                    _ask(config, config.num_actors)
+                    asked = True
+            time.sleep(POLL)
+        yield found
+    finally:
+        if asked:
+            # Idle machines go once nobody asks for them.
+            _ask(config, 0)
+
+
+def _ask(config: RunConfig, actors: int) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    each = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor or 0.0}
+    room = [{name: amount for name, amount in each.items() if amount}] * actors
+    request_resources(bundles=[*room, {"CPU": 1}] if actors else [])
+
+
+def _fit(config: RunConfig) -> Resources:
     import ray
 
     there = ray.cluster_resources()

@@ -140,6 +140,9 @@ class RunConfig:
     cpus_per_actor: float = 1.0
     """Logical CPUs for each copy."""
 
+    wait_minutes: float = 0.0
+    """How long to wait for a cluster that is too small; its autoscaler is asked to make room for all actors."""
+
     limit: int | None = None
     """Only the first rows, in the order of the shards' names."""
 
@@ -208,6 +211,12 @@ class RunConfig:
                 )
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError(f"max_error_rate={self.max_error_rate} must lie in [0, 1]; 1 puts up with everything")
+        if self.wait_minutes < 0:
+            raise ValueError(f"wait_minutes={self.wait_minutes} must not be negative; 0 refuses at once")
+        if self.wait_minutes and self.gpus_per_actor is None:
+            raise ValueError(
+                f"wait_minutes={self.wait_minutes} needs gpus_per_actor: a cluster yet to grow does not tell if it has GPUs"
+            )
         if self.cpus_per_actor < 0 or (self.gpus_per_actor or 0) < 0:
             given = f"cpus_per_actor={self.cpus_per_actor}, gpus_per_actor={self.gpus_per_actor}"
             raise ValueError(f"{given} must not be negative; use 0 for none")

@@ -7,43 +7,44 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import cluster, lock, record
 from pipeline.plan import Plan, look_again
 
+if TYPE_CHECKING:
+    from pipeline.actor import Answerer
 
-def run(plan: Plan, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
+
+def run(plan: Plan, say: Callable[[str], object] = lambda line: None, actor: type[Answerer] | None = None) -> dict[str, Any]:
     """Does what is left of ``plan`` and returns its summary; a finished run is not touched.
 
-    ``say`` takes a line on what is waited for or deleted. Raises ``cluster.TooSmallError`` before anything is written,
-    ``RefusalError`` where another run writes to the folder, Ray's exceptions where the run broke off, and ``ValueError`` where
-    all units are written and do not have the plan's rows.
+    ``say`` takes a line on what is waited for or deleted. ``actor`` runs instead of ``Answerer``, with its arguments and its
+    call: ``benchmarks.scale`` measures with one that answers at once. Raises ``cluster.TooSmallError`` before anything is
+    written, ``RefusalError`` where another run writes to the folder, Ray's exceptions where the run broke off, and
+    ``ValueError`` where all units are written and do not have the plan's rows.
     """
     if (summary := _finished(plan)) is not None:
         return summary
-    part = plan.part
     plan = replace(plan, input=plan.input.patient(), output=plan.output.patient())
     began = time.monotonic()
-    if not plan.remaining:
-        with lock.locked(plan.output, say, part):
-            return _conclude(plan, record.read_markers(plan.output, plan.finished), began, 0.0)
-    with cluster.connected(plan.config.ray_address):
-        resources = cluster.fit(plan.config)
-        with lock.locked(plan.output, say, part):
-            # Another run may have written while this one planned, or waited for its lock.
-            plan = look_again(plan)
-            if (summary := _finished(plan)) is not None:
-                return summary
-            if plan.removes:
-                say(f"deleting {len(plan.removes)} files of the run in {plan.output.url}")
-                record.delete(plan.output, plan.removes)
-            stats = record.read_markers(plan.output, plan.finished)
-            record.begin(plan.output, plan.record() | {"started": datetime.now(UTC).isoformat(timespec="seconds")}, part)
-            now = time.monotonic()
-            if plan.remaining:
-                stats += _execute(plan, resources)
-            return _conclude(plan, stats, began, time.monotonic() - now)
+    with lock.locked(plan.output, say, plan.part):
+        # Another run may have written while this one planned, or waited for its lock.
+        plan = look_again(plan)
+        if (summary := _finished(plan)) is not None:
+            return summary
+        stats, working = record.read_markers(plan.output, plan.finished), 0.0
+        if plan.remaining:
+            with cluster.connected(plan.config.ray_address), cluster.fitted(plan.config, say) as resources:
+                if plan.removes:
+                    say(f"deleting {len(plan.removes)} files of the run in {plan.output.url}")
+                    record.delete(plan.output, plan.removes)
+                started = datetime.now(UTC).isoformat(timespec="seconds")
+                record.begin(plan.output, plan.record() | {"started": started}, plan.part)
+                now = time.monotonic()
+                stats += _execute(plan, resources, actor)
+                working = time.monotonic() - now
+        return _conclude(plan, stats, began, working)
 
 
 def _finished(plan: Plan) -> dict[str, Any] | None:
@@ -67,7 +68,7 @@ def _conclude(plan: Plan, stats: list[dict[str, Any]], began: float, working: fl
     return summary
 
 
-def _execute(plan: Plan, resources: cluster.Resources) -> list[dict[str, Any]]:
+def _execute(plan: Plan, resources: cluster.Resources, actor: type[Answerer] | None) -> list[dict[str, Any]]:
     """Runs the remaining units on the connected cluster; their statistics."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -92,7 +93,7 @@ def _execute(plan: Plan, resources: cluster.Resources) -> list[dict[str, Any]]:
     attempts: Any = ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=beside).remote()
     with Progress(plan.rows, plan.rows - sum(u.rows for u in units)) as progress:
         ray.data.read_datasource(source, override_num_blocks=len(units)).map_batches(
-            Answerer,
+            actor or Answerer,
             fn_constructor_args=(config, plan.columns, plan.checkpoint, progress.report, RemoteAttempts(attempts)),
             batch_size=1,
             batch_format="pyarrow",

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -80,7 +80,7 @@ class _Place:
 
 @contextmanager
 def _local(place: _Place) -> Iterator[None]:
-    path = place.output.path(place.lock)
+    path, fresh = place.output.path(place.lock), not os.path.exists(place.output.open()[1])
     os.makedirs(os.path.dirname(path), exist_ok=True)
     lock = FileLock(path)
     try:
@@ -93,6 +93,20 @@ def _local(place: _Place) -> Iterator[None]:
     finally:
         place.output.remove(place.holder)
         lock.release()
+        _tidy(place, fresh)
+
+
+def _tidy(place: _Place, fresh: bool) -> None:
+    """Leaves nothing of a run that was refused before it wrote anything."""
+    run, output = os.path.dirname(place.output.path(place.lock)), place.output.open()[1]
+    left = {
+        name for folder in (run, place.output.path(place.temporary)) if os.path.isdir(folder) for name in os.listdir(folder)
+    }
+    if left <= {os.path.basename(place.lock), os.path.basename(place.temporary)}:
+        place.output.remove(place.lock)
+        for folder in (place.output.path(place.temporary), run, *([output] if fresh else [])):
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 @contextmanager

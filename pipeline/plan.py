@@ -63,6 +63,7 @@ class Plan:
         return {
             "input": units.input_digest(self.shards),
             "model": self.checkpoint.identity,
+            "schema": str(self.columns.output(self.config.write_kept)),
             **self.config.decides_output(),
         }
 

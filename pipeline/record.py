@@ -95,7 +95,7 @@ def check_output(output: Storage, decides: dict[str, Any], config: dict[str, Any
         raise RefusalError(f"output={output.url!r} holds an unreadable {name}; choose another folder") from error
     differ = [name for name in decides if found.get(name) != _as_json(decides[name])]
     if differ:
-        said = ", ".join(f"{name} ({_was(there.get(name), config[name])})" for name in differ)
+        said = ", ".join(f"{name} ({_was(there.get(name), config.get(name))})" for name in differ)
         raise RefusalError(
             f"output={output.url!r} holds another run, which differs in {said}; choose another folder, or delete that run with "
             "--overwrite"
@@ -132,6 +132,7 @@ def own_files(output: Storage) -> list[str]:
 
 
 def _was(there: Any, here: Any) -> str:
+    # Input, model and schema are told by what is in their files.
     return "its files have changed" if there == _as_json(here) else f"{there!r} there, {_as_json(here)!r} here"
 
 

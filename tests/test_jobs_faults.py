@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import re
 import signal
@@ -136,6 +137,106 @@ def test_sigterm_ends_in_a_state_that_continues(shard: Path, checkpoint_folder: 
     # SIGTERM may have met a unit between its file and its marker.
     assert re.search(rf"({done}|{done - 1}) of them finished before", job.said), job.said
     check(job.output)
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size=80k tmpfs "$OUT"
+"$@"
+echo "first: $?"
+cp -r "$OUT" "$OUT-full"
+mount -o remount,size=10m "$OUT"
+"$@"
+echo "second: $?"
+cp -r "$OUT" "$OUT-done"
+"""
+
+
+def test_a_disk_that_is_full(shard: Path, checkpoint_folder: str) -> None:
+    """A file system of 80 KiB, in a mount namespace of its own; then of 10 MiB."""
+    output = shard.parent / "out"
+    output.mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.answer",
+        "--input",
+        str(shard),
+        "--output",
+        str(output),
+        "--model",
+        checkpoint_folder,
+    ]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", *command, "--unit-rows", str(UNIT)],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(output)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert "first: 1" in done.stdout, said
+    assert "No space left on device" in done.stderr, said
+    # Every file that has its name is whole.
+    written = [pq.read_table(file).num_rows for file in Path(f"{output}-full").glob("*.parquet")]
+    assert 1 <= len(written) < ROWS // UNIT
+    assert set(written) == {UNIT}
+    assert "second: 0" in done.stdout, said
+    check(Path(f"{output}-done"))
+
+
+NODES = """
+import sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": False})
+print(cluster.address, flush=True)
+sys.stdin.readline()
+node = cluster.add_node(num_cpus=3)
+sys.stdin.readline()
+cluster.remove_node(node, allow_graceful=False)
+cluster.add_node(num_cpus=3)
+print("replaced", flush=True)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+def test_nodes_that_come_late_and_are_taken_away(shard: Path, checkpoint_folder: str) -> None:
+    """The job waits for its node, which holds the actor and all blocks and goes; another comes in its place."""
+    nodes = subprocess.Popen(
+        [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert nodes.stdin is not None
+    assert nodes.stdout is not None
+    try:
+        address = nodes.stdout.readline().strip()
+        job = Job(shard, checkpoint_folder, "--ray-address", address, "--wait-minutes", "2", "--gpus-per-actor", "0")
+        while "waiting up to 2 minutes for the cluster to grow: num_actors=1" not in job.said:
+            assert job.process.poll() is None, job.said
+            time.sleep(0.1)
+        print("come", file=nodes.stdin, flush=True)
+        job.wait_for_files(2)
+        print("go", file=nodes.stdin, flush=True)
+        assert nodes.stdout.readline() == "replaced\n"
+        assert job.wait(240) == 0, job.said
+        check(job.output)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(nodes.pid, signal.SIGKILL)
+        nodes.communicate()
+
+
+def test_a_second_run_into_one_folder_is_refused(shard: Path, checkpoint_folder: str) -> None:
+    first = Job(shard, checkpoint_folder)
+    first.wait_for_files(1)
+    second = Job(shard, checkpoint_folder)
+    assert second.wait() == 2, second.said
+    assert f"is being written by a run on {platform.node()} (process {first.process.pid}, since" in second.said
+    assert first.wait() == 0, first.said
+    check(first.output)
 
 
 POISON = """

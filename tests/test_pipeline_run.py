@@ -14,7 +14,7 @@ import skimage
 import sklearn
 
 from pipeline import graph
-from pipeline.cluster import fit
+from pipeline.cluster import fitted
 from pipeline.plan import make_plan
 from pipeline.record import RefusalError
 from pipeline.storage import Storage
@@ -226,7 +226,8 @@ def test_a_run_that_does_not_fit_says_why_and_writes_nothing(config: Any, shards
         with pytest.raises(ValueError, match=said):
             graph.run(make_plan(config(**settings, **fields)))
     assert not (tmp_path / "out").exists()
-    assert fit(config(num_actors=3)).gpus == 0
+    with fitted(config(num_actors=3)) as each:
+        assert each.gpus == 0
 
 
 def test_a_broken_model_ends_the_run(config: Any, shards: Path, tmp_path: Path, checkpoint_folder: str) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.core import url_to_fs
 
-from pipeline import graph
+from pipeline import graph, record
 from pipeline.plan import make_plan
 from pipeline.storage import Storage
 
@@ -100,3 +101,28 @@ def test_a_store_that_is_not_there_is_told_within_seconds(config: Any, free_port
     with pytest.raises(Exception, match=r"127\.0\.0\.1"):
         make_plan(config(input="s3://bucket/in", output="s3://bucket/out", storage_options=options))
     assert time.monotonic() - began < 60
+
+
+def test_a_thousand_small_shards_and_listings_in_pages(config: Any, s3: dict[str, Any]) -> None:
+    """A listing has a thousand names a page; names need escaping."""
+    count = 1010
+    out = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": pa.nulls(1, pa.binary()), "question": ["how many"]}), out)
+    data = out.getvalue().to_pybytes()
+    root, output = Storage("s3://bucket/many shards", s3), Storage("s3://bucket/many out", s3)
+    names = [f"part {i % 7}/{i:04d} +ä&.parquet" for i in range(count)]
+    fs, _ = root.open()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: fs.pipe_file(root.path(name), data), names))
+    settings = {"input": root.url, "output": output.url, "storage_options": s3}
+    plan = make_plan(config(**settings))
+    assert (plan.rows, len(plan.shards), len(plan.units)) == (count, count, count)
+    assert len({unit.name for unit in plan.units}) == count
+    # Finished units are found, all pages of them.
+    record.begin(output, plan.record())
+    done = plan.units[: count - 3]
+    with ThreadPoolExecutor(16) as pool:
+        for name in ("{}.parquet", record.marker("{}")):
+            list(pool.map(lambda unit, name=name: fs.pipe_file(output.path(name.format(unit.name)), b"{}"), done))
+    again = make_plan(config(**settings))
+    assert [unit.name for unit in again.remaining] == [unit.name for unit in plan.units[-3:]]
