@@ -27,6 +27,13 @@ GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model
         ({"input": " "}, r"input is empty"),
         ({"job": "caption"}, r"prompt=None"),
         ({"question_column": ""}, r"question_column=''"),
+        ({"partition": "0/3"}, r"partition='0/3' is not i/n"),
+        ({"partition": "3 of 8"}, r"such as 3/8"),
+        ({"partition": "1/2", "overwrite": True}, r"overwrite would delete the other partitions"),
+        ({"max_error_rate": 5.0}, r"max_error_rate=5\.0 must lie in \[0, 1\]"),
+        ({"wait_minutes": -1.0}, r"wait_minutes=-1\.0"),
+        ({"wait_minutes": 10.0}, r"needs gpus_per_actor"),
+        ({"image_roots": ["https://example.com/photos"]}, r"image_roots=.*name folders"),
     ],
 )
 def test_errors_name_field_value_and_remedy(fields: dict[str, Any], said: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import skimage
 import sklearn
 
@@ -196,7 +197,11 @@ def test_s3(config: Any, shards: Path, tmp_path: Path, s3: dict[str, Any]) -> No
     assert table.sort_by("id") == read(local)
     assert [n for n in output.names() if n != ".run"] == sorted(p.name for p in local.glob("*.parquet"))
     assert output.names(".run/unfinished") == []
-    assert s3["secret"] not in output.read(".run/run.json").decode()
+    files = [".run/run.json", ".run/summary.json", *(f".run/units/{name}" for name in output.names(".run/units"))]
+    assert s3["secret"] not in "".join(output.read(name).decode() for name in files)
+    # Nor in what Ray logs of a run's plan and its tasks.
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    assert not [file.name for file in logs.rglob("*") if file.is_file() and s3["secret"].encode() in file.read_bytes()]
     assert make_plan(config(**settings)).remaining == []
 
 
