@@ -105,7 +105,10 @@ class Answerer:
         try:
             with self.turns.alone() if trial.careful else self.turns.together():
                 rows = self._unpack(packed)
-                self._answer_singly(rows, name, trial, seconds) if trial.careful else self._answer_all(rows, seconds)
+                if trial.careful:
+                    self._answer_singly(rows, name, trial, seconds)
+                else:
+                    self._answer_all(rows, seconds)
         except Exception as error:
             if self.engine.batch.failed is not None:
                 _end_actor(error)

@@ -135,7 +135,7 @@ class RunConfig:
     """Copies of the model."""
 
     gpus_per_actor: float | None = None
-    """GPUs for each copy; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs for each copy, at most 1; default: 1 where the cluster has GPUs, else 0."""
 
     cpus_per_actor: float = 1.0
     """Logical CPUs for each copy."""
@@ -220,6 +220,11 @@ class RunConfig:
         if self.cpus_per_actor < 0 or (self.gpus_per_actor or 0) < 0:
             given = f"cpus_per_actor={self.cpus_per_actor}, gpus_per_actor={self.gpus_per_actor}"
             raise ValueError(f"{given} must not be negative; use 0 for none")
+        if (self.gpus_per_actor or 0) > 1:
+            raise ValueError(
+                f"gpus_per_actor={self.gpus_per_actor:g}: a copy of the model uses one GPU; models that need several are not "
+                "supported yet"
+            )
 
     def _check_policy(self) -> None:
         takes = POLICY_OPTIONS[self.policy]

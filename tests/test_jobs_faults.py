@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 48
@@ -44,6 +47,7 @@ class Job:
 
     def __init__(self, shard: Path, model: str, *options: str, **environment: str) -> None:
         self.output = shard.parent / "out"
+        # What is given again goes before what was given first.
         given = ["--input", str(shard), "--output", str(self.output), "--model", model, "--unit-rows", str(UNIT)]
         self.log = shard.parent / f"log-{time.monotonic_ns()}"
         with self.log.open("w") as log:
@@ -69,9 +73,10 @@ class Job:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def wait_for_files(self, count: int) -> None:
+    def wait_for_files(self, count: int, output: Storage | None = None) -> None:
+        output = output or Storage(str(self.output))
         for _ in range(900):
-            if len(list(self.output.glob("*.parquet"))) >= count:
+            if len([name for name in output.names() if name.endswith(".parquet")]) >= count:
                 return
             assert self.process.poll() is None, self.said
             time.sleep(0.1)
@@ -120,6 +125,25 @@ def test_a_driver_killed_at_random_moments(shard: Path, checkpoint_folder: str) 
     assert job.wait() == 0, job.said
     # The files of killed writers are removed by whoever ends the run.
     check(job.output)
+
+
+def test_a_driver_killed_while_it_writes_to_s3(shard: Path, checkpoint_folder: str, s3: dict[str, Any]) -> None:
+    """Its lock is nobody's after 45 seconds, which the next start waits."""
+    root, output = Storage("s3://bucket/kill me", s3), Storage("s3://bucket/killed out", s3)
+    root.write("in.parquet", shard.read_bytes(), temporary="")
+    given = ["--input", root.url, "--output", output.url, "--storage-options", json.dumps(s3)]
+    job = Job(shard, checkpoint_folder, *given)
+    job.wait_for_files(2, output)
+    job.process.kill()
+    job.wait()
+    job = Job(shard, checkpoint_folder, *given)
+    assert job.wait() == 0, job.said
+    assert f"waiting up to 45 s: a run on {platform.node()}" in job.said
+    assert s3["secret"] not in job.said
+    fs, path = output.open()
+    rows = pq.read_table(path, filesystem=fs).to_pylist()
+    assert sorted(row["id"] for row in rows if row["error"] is None) == [f"{i:03d}" for i in range(ROWS)]
+    assert ".run/holder.json" not in [f".run/{name}" for name in output.names(".run")]
 
 
 def test_sigterm_ends_in_a_state_that_continues(shard: Path, checkpoint_folder: str) -> None:

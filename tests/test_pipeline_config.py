@@ -31,6 +31,7 @@ GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model
         ({"partition": "3 of 8"}, r"such as 3/8"),
         ({"partition": "1/2", "overwrite": True}, r"overwrite would delete the other partitions"),
         ({"max_error_rate": 5.0}, r"max_error_rate=5\.0 must lie in \[0, 1\]"),
+        ({"gpus_per_actor": 4.0}, r"gpus_per_actor=4: a copy of the model uses one GPU"),
         ({"wait_minutes": -1.0}, r"wait_minutes=-1\.0"),
         ({"wait_minutes": 10.0}, r"needs gpus_per_actor"),
         ({"image_roots": ["https://example.com/photos"]}, r"image_roots=.*name folders"),
