@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo bench bench-gpu test lint clean
+.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo bench bench-gpu test soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
@@ -45,6 +45,10 @@ bench-gpu: .venv ## the same at the 11B's size on one GPU, beside its roofline; 
 
 test: .venv ## run the test suite, offline and on CPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: .venv ## kill a job ten times at random moments, then put a million rows through a stand-in engine (three quarters of an hour)
+	SOAK_KILLS=10 $(BIN)/python -m pytest tests/test_jobs_faults.py -k random_moments
+	$(BIN)/python -m benchmarks.scale --output benchmarks/results
 
 lint: .venv ## check style and types
 	$(BIN)/ruff check .

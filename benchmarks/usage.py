@@ -33,6 +33,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.looks: list[Look] = []
+        self._seen: dict[tuple[str, str], int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
 
@@ -62,22 +63,23 @@ class Usage:
 
     def _run(self) -> None:
         while True:
-            self.looks.append(look())
+            self.looks.append(look(self._seen))
             if self._stop.wait(EVERY):
-                self.looks.append(look())
+                self.looks.append(look(self._seen))
                 return
 
 
-def look() -> Look:
-    session, own = os.getsid(0), 0
+def look(seen: dict[tuple[str, str], int]) -> Look:
+    """``seen`` keeps each process's clock ticks by its number and start, so that one that has ended still counts."""
+    session = os.getsid(0)
     for folder in Path("/proc").glob("[0-9]*"):
         # It may have ended since. Its name, in brackets, may hold anything.
         with suppress(OSError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
-                own += int(fields[11]) + int(fields[12])
+                seen[folder.name, fields[19]] = int(fields[11]) + int(fields[12])
     user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
-    return Look(time.time(), time.process_time(), own / _TICKS, (user + nice + system) / _TICKS)
+    return Look(time.time(), time.process_time(), sum(seen.values()) / _TICKS, (user + nice + system) / _TICKS)
 
 
 def memory(name: str) -> int:

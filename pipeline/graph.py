@@ -103,8 +103,20 @@ def _execute(plan: Plan, resources: cluster.Resources, actor: type[Answerer] | N
                 size=config.num_actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
             ),
             **({"num_gpus": resources.gpus} if resources.gpus else {}),
-        ).write_datasink(sink)
+        ).write_datasink(sink, **_writers(config.num_actors, resources))
     return sink.stats
+
+
+def _writers(actors: int, resources: cluster.Resources) -> dict[str, Any]:
+    """How writers run beside the actors: as Ray Data has it, but without a CPU where reads would leave them none."""
+    import ray
+
+    spare = ray.cluster_resources().get("CPU", 0.0) - actors * resources.cpus
+    if spare >= 2:
+        return {}
+    # On one spare CPU Ray Data goes on reading, and until the last read what was answered is neither on disk nor out of the
+    # driver's memory. Writers hardly compute; one an actor and another keep up.
+    return {"ray_remote_args": {"num_cpus": 0}, "concurrency": actors + 1}
 
 
 def _quiet_console() -> None:

@@ -119,9 +119,11 @@ def filesystem(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, s
     """fsspec's filesystem for ``url`` and the path on it; local paths come out absolute."""
     if is_local(url):
         return url_to_fs(os.path.abspath(url.removeprefix("file://")))
-    # Listings are never cached: a run reads what other processes have just written.
+    # Listings are never cached: a run reads what other processes have just written. Nothing is read ahead: Arrow asks for what
+    # it needs, and s3fs's 50 MB would fetch a whole shard for its footer's or its ids' sake.
+    ahead = {"default_cache_type": "none"} if url.startswith(("s3:", "s3a:")) else {}
     with _lock:
-        return url_to_fs(url, **{"use_listings_cache": False, **options})
+        return url_to_fs(url, **{"use_listings_cache": False, **ahead, **options})
 
 
 def is_local(url: str) -> bool:
