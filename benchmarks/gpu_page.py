@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.gpu_bench import Result
 from benchmarks.gpu_results import GOAL_BATCH
+from benchmarks.page import row
 
 
 def markdown(result: Result) -> str:
@@ -40,16 +41,16 @@ def _goals(result: Result) -> list[str]:
     lines = _head(["ratio", "goal", "measured"])
     if "captioning_engine_over_peer" in ratios:
         value, goal = ratios["captioning_engine_over_peer"], goals["captioning_engine_over_peer"]
-        lines.append(_row(["captioning, engine with all features / peer", f"≥ {goal:g}", f"**{value:.2f}**"]))
+        lines.append(row(["captioning, engine with all features / peer", f"≥ {goal:g}", f"**{value:.2f}**"]))
     for policy, shares in ratios.get("decode_roofline_share", {}).items():
         large = [share for batch, share in shares.items() if int(batch) >= GOAL_BATCH]
         if large:
             title = f"decode, share of the roofline, {policy}, least of batches from {GOAL_BATCH} on"
-            lines.append(_row([title, f"≥ {goals['decode_roofline_share']:g}", f"**{min(large):.2f}**"]))
+            lines.append(row([title, f"≥ {goals['decode_roofline_share']:g}", f"**{min(large):.2f}**"]))
     towers = [share["all"] for share in ratios.get("tower_roofline_share", {}).values() if "all" in share]
     if towers:
         title = "exact tower and projector, share of the roofline, least of all tile counts"
-        lines.append(_row([title, f"≥ {goals['tower_roofline_share']:g}", f"**{min(towers):.2f}**"]))
+        lines.append(row([title, f"≥ {goals['tower_roofline_share']:g}", f"**{min(towers):.2f}**"]))
     return lines if len(lines) > 2 else []
 
 
@@ -65,12 +66,12 @@ def _captioning(part: Result) -> list[str]:
     ]
     for name, one in part["contenders"].items():
         if "error" in one:
-            lines.append(_row([name, one["error"], *[""] * 7]))
+            lines.append(row([name, one["error"], *[""] * 7]))
             continue
         stages = [one["tower_seconds"], one.get("prefill_seconds"), one.get("decode_seconds")]
         cells = [name, f"{one['images_per_second']:.2f}", f"{one['seconds']['median']:.2f}", *map(_seconds, stages)]
         kept = one.get("keep_fraction", 1.0)
-        lines.append(_row([*cells, str(one["passes"]), f"{kept:.3f}", _gigabytes(one["peak_bytes"])]))
+        lines.append(row([*cells, str(one["passes"]), f"{kept:.3f}", _gigabytes(one["peak_bytes"])]))
     swept = ", ".join(
         f"{size}: {one['rows'] / one['seconds']:.2f}" if "seconds" in one else f"{size}: {one['error']}"
         for size, one in part["sweep"].items()
@@ -112,12 +113,12 @@ def _decode(part: Result) -> list[str]:
             continue
         for batch, one in part[policy]["batches"].items():
             if "error" in one:
-                lines.append(_row([policy, batch, one["error"], *[""] * 7]))
+                lines.append(row([policy, batch, one["error"], *[""] * 7]))
                 continue
             times = [one["seconds"]["median"], one["queued_seconds"], one["roofline_seconds"]]
             shares = [f"**{one['roofline_share']:.2f}**", f"{one['queued_roofline_share']:.2f}"]
             cells = [policy, batch, *(f"{seconds * 1e3:.2f}" for seconds in times), one["bound"], *shares]
-            lines.append(_row([*cells, f"{one['tokens_per_second']:,.0f}", f"{one['kv_bytes'] / 1e9:.2f}"]))
+            lines.append(row([*cells, f"{one['tokens_per_second']:,.0f}", f"{one['kv_bytes'] / 1e9:.2f}"]))
         if "largest" in part[policy]:
             notes.append(
                 f"- The largest that fits, {policy}: {part[policy]['largest']} sequences in "
@@ -139,7 +140,7 @@ def _tower(part: Result) -> list[str]:
     for tiles, modes in part.items():
         for mode, one in modes.items() if isinstance(modes, dict) else ():
             times = [f"{one['seconds'] * 1e3:.1f}", f"{one['operations'] / 1e12:.1f}", f"{one['roofline_seconds'] * 1e3:.1f}"]
-            lines.append(_row([tiles, mode, f"{one['images_per_second']:.1f}", *times, f"**{one['roofline_share']:.2f}**"]))
+            lines.append(row([tiles, mode, f"{one['images_per_second']:.1f}", *times, f"**{one['roofline_share']:.2f}**"]))
     return lines
 
 
@@ -152,8 +153,4 @@ def _gigabytes(value: float | None) -> str:
 
 
 def _head(cells: Sequence[str]) -> list[str]:
-    return [_row(cells), _row(["---", *["---:"] * (len(cells) - 1)])]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return [row(cells), row(["---", *["---:"] * (len(cells) - 1)])]

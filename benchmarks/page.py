@@ -35,12 +35,12 @@ def markdown(result: Result) -> str:
 
 
 def _ratios(result: Result) -> list[str]:
-    lines = [_row(["ratio", "goal", "measured", "least – most of a round"]), _row(["---", "---:", "---:", "---:"])]
+    lines = [row(["ratio", "goal", "measured", "least – most of a round"]), row(["---", "---:", "---:", "---:"])]
     for name, title in RATIOS.items():
         at_least, at_most = (result["goals"][kind].get(name) for kind in ("at_least", "at_most"))
         goal = f"≥ {at_least:g}" if at_most is None else f"≤ {at_most:g}"
         low, high = result["spreads"][name]
-        lines.append(_row([title, goal, f"**{result['ratios'][name]:.2f}**", f"{low:.2f} – {high:.2f}"]))
+        lines.append(row([title, goal, f"**{result['ratios'][name]:.2f}**", f"{low:.2f} – {high:.2f}"]))
     return lines
 
 
@@ -48,13 +48,13 @@ def _ladder(result: Result) -> list[str]:
     """Both workloads, one rung a line: images a second, and what share of the peer's that is."""
     loads = [result["captioning"], result["questions"]]
     heads = ["", "captioning, images/s", "/ peer", "generation / peer", "questions, images/s", "/ peer", "generation / peer"]
-    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines = [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
     for name, title in [*RUNGS.items(), *BESIDE.items()]:
         cells = [f"*beside:* {title}" if name in BESIDE else title]
         for load in loads:
             each = load["contenders"].get(load["peer"] if name == "peer" else name)
             cells += _cells(load, each) if each else ["", "", ""]
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return lines
 
 
@@ -69,11 +69,11 @@ def _cells(load: Result, each: Result) -> list[str]:
 def _sweep(result: Result) -> list[str]:
     sizes = list(result["captioning"]["sweep"])
     sizes += [size for size in result["questions"]["sweep"] if size not in sizes]
-    lines = [_row(["the peer's batch size", *sizes]), _row(["---", *["---:"] * len(sizes)])]
+    lines = [row(["the peer's batch size", *sizes]), row(["---", *["---:"] * len(sizes)])]
     for name in ("captioning", "questions"):
         swept = result[name]["sweep"]
         cells = [f"{swept[size]['rows_per_second']:.2f}" if size in swept else "" for size in sizes]
-        lines.append(_row([f"{name}, rows/s", *cells]))
+        lines.append(row([f"{name}, rows/s", *cells]))
     return lines
 
 
@@ -122,5 +122,6 @@ def _notes(result: Result) -> list[str]:
     return lines
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"

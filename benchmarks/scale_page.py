@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.page import row
+
 FLAT = 0.2
 """Most by which the dearest size's cost a row may exceed the cheapest's."""
 FEW = 10_000
@@ -29,16 +31,16 @@ def spread(sizes: Sequence[dict[str, Any]]) -> float:
 
 def _goals(measured: dict[str, Any]) -> list[str]:
     sizes, paced = measured["sizes"], measured["paced"]
-    lines = [_row(["", "goal", "measured"]), _row(["---", "---:", "---:"])]
+    lines = [row(["", "goal", "measured"]), row(["---", "---:", "---:"])]
     if len(sizes) > 1:
         between = f"cost of a row, dearest size over cheapest, {sizes[0]['rows']:,} to {sizes[-1]['rows']:,} rows"
-        lines.append(_row([between, f"≤ +{FLAT:.0%}", f"**+{spread(sizes):.0%}**"]))
+        lines.append(row([between, f"≤ +{FLAT:.0%}", f"**+{spread(sizes):.0%}**"]))
     if sizes:
         most = max(size["driver_peak_bytes"] - size["driver_start_bytes"] for size in sizes) / 2**30
-        lines.append(_row(["driver's memory, start-up apart", f"< {DRIVER_GIB} GiB", f"**{most:.2f} GiB**"]))
+        lines.append(row(["driver's memory, start-up apart", f"< {DRIVER_GIB} GiB", f"**{most:.2f} GiB**"]))
     if paced and paced["busy"] is not None:
         what = f"engine of {paced['batch_seconds'] * 1000:.0f} ms a batch of {paced['batch_rows']}, busy after the first minute"
-        lines.append(_row([what, f"≥ {BUSY:.0%}", f"**{paced['busy']:.1%}**"]))
+        lines.append(row([what, f"≥ {BUSY:.0%}", f"**{paced['busy']:.1%}**"]))
     return lines
 
 
@@ -62,7 +64,7 @@ def _sizes(sizes: Sequence[dict[str, Any]]) -> list[str]:
         ["  answered", *(f"{size['block_bytes_answered_per_image']:,.0f}" for size in sizes)],
         ["  beside: the image's file", *(f"{size['image_bytes']:,.0f}" for size in sizes)],
     ]
-    return [_row(line) for line in lines]
+    return [row(line) for line in lines]
 
 
 def _through(size: dict[str, Any]) -> float:
@@ -99,7 +101,3 @@ def _notes(measured: dict[str, Any]) -> list[str]:
 
 def _mib(count: float) -> str:
     return f"{count / 2**20:,.0f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -9,20 +9,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline import schema
-from pipeline.actor import REPORT_ROWS, Answerer, Seconds, _Turns
-from pipeline.attempts import Attempts, Log
-from pipeline.config import RunConfig
-from pipeline.gauges import Gauges
-from pipeline.model import Checkpoint
+from pipeline.actor import REPORT_ROWS, Answerer, Seconds
 from pipeline.rows import Row
-from pipeline.schema import Columns
 
 BATCH = 8
 """Rows that ``Paced`` answers together."""
@@ -33,23 +28,11 @@ class StandIn(Answerer):
     """Answers at once. Its units' statistics also have ``block_bytes_in`` and ``block_bytes_out``, the sizes of the block that
     came from the reader and of the one that goes to the writer."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        columns: Columns,
-        checkpoint: Checkpoint,
-        report: Callable[[int, int], object] = lambda rows, errors: None,
-        attempts: Log | None = None,
-    ) -> None:
-        # Answerer's own would load the model and start decoders.
+    def _start(self) -> None:
         import torch
 
         from pipeline.engine import Answer
 
-        self.config, self.columns, self.checkpoint, self.report = config, columns, checkpoint, report
-        self.attempts: Log = attempts or Attempts()
-        self.turns, self.gauges = _Turns(), Gauges()
-        self.refused, self.load_seconds = None, None
         engine: Any = SimpleNamespace(
             device=torch.device("cpu"),
             model=SimpleNamespace(dtype=torch.float32),
@@ -97,8 +80,8 @@ class Paced(StandIn):
     """Takes ``BATCH_SECONDS`` for every ``BATCH`` rows, one batch at a time, as a device does. Its units' statistics also have
     ``busy``: (start, end) of every batch since they were last asked for, in seconds of the machine's monotonic clock."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def _start(self) -> None:
+        super()._start()
         self.device_lock = threading.Lock()
         self.busy: list[tuple[float, float]] = []
 

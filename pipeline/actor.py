@@ -72,23 +72,28 @@ class Answerer:
         self.config, self.columns, self.checkpoint, self.report = config, columns, checkpoint, report
         self.attempts: Log = attempts or Attempts()
         self.turns, self.gauges = _Turns(), Gauges()
+        self.refused: str | None = None
+        self.load_seconds: float | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Loads the model, and begins what feeds it."""
         began = time.perf_counter()
         cores = _cores()
         self.decoders = _Decoders(min(DECODERS, cores))
-        self.ahead = threading.BoundedSemaphore(config.batch_size + AHEAD)
+        self.ahead = threading.BoundedSemaphore(self.config.batch_size + AHEAD)
         self.accounts = threading.Lock()
         self.accounted: dict[str, float] = {}
-        self.refused: str | None = None
         self.device = _Device()
         try:
-            self.engine: Engine = self.device.start(partial(_load, config, checkpoint), cores)
+            self.engine: Engine = self.device.start(partial(_load, self.config, self.checkpoint), cores)
         except Exception as error:  # noqa: BLE001 - told by the first unit instead
             # Ray starts an actor over whose constructor raises, and prints every traceback; a unit that raises ends the run.
             self.refused = f"{type(error).__name__}: {error}"
             return
         weakref.finalize(self, self.device.stop)
         self.tiler = images.Tiler(self.engine.processor)
-        self.load_seconds: float | None = time.perf_counter() - began
+        self.load_seconds = time.perf_counter() - began
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         """One row (``unit``, ``rows``, ``read_seconds``) in; one row (``unit``, ``rows``, ``stats``) out.

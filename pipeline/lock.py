@@ -146,7 +146,7 @@ class _Lease:
         try:
             if self._mine(self.place.read()):
                 self.place.output.remove(self.place.holder)
-        except OSError:
+        except Exception:  # noqa: BLE001 - as above
             pass
 
     def _wait(self, say: Callable[[str], object]) -> None:
@@ -171,7 +171,7 @@ class _Lease:
                 self.holder["renewed"] = _now()
                 self.place.write(self.holder)
                 heard = time.monotonic()
-            except OSError:
+            except Exception:  # noqa: BLE001 - a store's own errors are not all OSErrors, and this thread must not end unheard
                 if time.monotonic() - heard > LEASE:
                     break
         else:
