@@ -18,7 +18,9 @@ from transformers.models.mllama.processing_mllama import (
 
 from trimming import KeepAll, Policy, Rows, SampleTrim, trim
 from trimming.engine import Completion, Engine, Image, Request
+from trimming.engine.memory import Memory
 from trimming.engine.sequence import Sequence_
+from trimming.engine.sharded import ShardedMemory
 
 TILE, PATCH, TILES = 42, 14, 4
 TOKENS = (TILE // PATCH) ** 2 + 1
@@ -234,7 +236,8 @@ def make_engine(policy: Policy | None = None, model: MllamaForConditionalGenerat
     defaults: dict[str, Any] = {"normalise": lambda pixels: pixels.to(model.dtype), "eos": (), "kv_bytes": 1 << 22}
     engine = Engine(model, policy or KeepAll(), **{**defaults, **options})
     # Fresh memory may hold anything: what has not been written must not be read.
-    engine.memory.flat.fill_(torch.nan)
+    for memory in memories(engine):
+        memory.flat.fill_(torch.nan)
     return engine
 
 
@@ -261,11 +264,17 @@ def complete(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
 
 
 def assert_empty(engine: Engine) -> None:
-    memory = engine.memory
     assert not engine.waiting
     assert not engine.decode.running
-    assert (memory.slots, memory.segment_elements, memory.shared) == (0, 0, {})
-    assert memory.free == memory.size
+    assert engine.memory.shared == {}
+    for memory in memories(engine):
+        assert (memory.slots, memory.segment_elements, memory.shared) == (0, 0, {})
+        assert memory.free == memory.size
+
+
+def memories(engine: Engine) -> list[Memory]:
+    """One for each device of the model."""
+    return engine.memory.parts if isinstance(engine.memory, ShardedMemory) else [engine.memory]
 
 
 def record_logits(engine: Engine) -> dict[str, list[Tensor]]:

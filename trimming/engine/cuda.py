@@ -39,6 +39,8 @@ class GraphDecode(Decode):
         capture: whether to capture; without, the same step runs kernel by kernel, as tests on a CPU do.
     """
 
+    memory: Memory
+
     def __init__(
         self, model: MllamaForConditionalGeneration, memory: Memory, rotary: Rotary, most: int, capture: bool = True
     ) -> None:

@@ -14,11 +14,13 @@ from transformers import MllamaForConditionalGeneration
 from trimming.engine.layers import Rotary, attend, cross_queries, crosses, norm, self_projections, self_queries
 from trimming.engine.memory import Memory, Segment
 from trimming.engine.sequence import Sequence_
+from trimming.engine.sharded import ShardedMemory
+from trimming.engine.stages import stages
 
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """What follows from which sequences run; made anew when that changes, never step by step."""
+    """What follows from which sequences run, on one device; made anew when that changes, never step by step."""
 
     mask: Tensor
     """(B, 1, 1, capacity) additive: 0 where the slot holds a token. A step opens one place a row."""
@@ -37,8 +39,9 @@ class _Members:
 class Decode:
     """The running sequences and the step that moves them all on by one token. Sequence i of ``running`` has slot i."""
 
-    def __init__(self, model: MllamaForConditionalGeneration, memory: Memory, rotary: Rotary) -> None:
+    def __init__(self, model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary) -> None:
         self.model, self.memory, self.rotary = model, memory, rotary
+        self.stages = stages(model)
         self.text: Any = model.model.language_model
         self.is_cross = crosses(model)
         self.running: list[Sequence_] = []
@@ -48,13 +51,14 @@ class Decode:
         """(B,) those tokens."""
         self.changed = True
         """Whether other sequences run, or lie elsewhere, than at the last step."""
-        self._members = _Members(torch.empty(0), None, [], [], [], None)
+        self._members: list[_Members] = []
+        """One a stage."""
 
     def add(self, sequences: Sequence[Sequence_], tokens: Tensor) -> None:
         """Sequences fresh from their prefill, in the slots after the running ones; ``tokens`` (B,) are their first ones."""
         self.running += sequences
         self.positions += [len(s.request.tokens) for s in sequences]
-        self.tokens = torch.cat([self.tokens, tokens])
+        self.tokens = torch.cat([self.tokens, tokens.to(self.tokens.device)])
         self.changed = True
 
     def remove(self, sequence: Sequence_) -> None:
@@ -78,30 +82,32 @@ class Decode:
         if self.changed:
             self._members = self._assemble()
             self.changed = False
-        members = self._members
         positions = torch.tensor(self.positions, device=self.tokens.device)
         reach = max(self.positions) + 1
         places = torch.arange(len(self.running), device=self.tokens.device)
-        members.mask[places, 0, 0, positions] = 0
-        mask = members.mask[..., :reach]
         states = self.text.embed_tokens(self.tokens)
         self.rotary.grow(reach, states)
         cos, sin = self.rotary.at(positions)
         own = crossed = 0
-        for layer, is_cross in zip(self.text.layers, self.is_cross, strict=True):
-            if not is_cross:
-                states = self._self_layer(layer, own, states, cos, sin, (places, positions, reach), mask)
-                own += 1
-            else:
-                if members.alone or members.shared:
-                    states = self._cross_layer(layer, crossed, members, states)
-                crossed += 1
+        for stage, members in zip(self.stages, self._members, strict=True):
+            states, cos, sin, places, positions = (t.to(stage.device) for t in (states, cos, sin, places, positions))
+            members.mask[places, 0, 0, positions] = 0
+            mask = members.mask[..., :reach]
+            for number in stage.layers:
+                layer = self.text.layers[number]
+                if not self.is_cross[number]:
+                    states = self._self_layer(layer, own, states, cos, sin, (places, positions, reach), mask)
+                    own += 1
+                else:
+                    if members.alone or members.shared:
+                        states = self._cross_layer(layer, crossed, members, states)
+                    crossed += 1
         logits: Tensor = self.model.lm_head(norm(self.text.norm, states))
         return logits
 
     def advance(self, tokens: Tensor) -> None:
         """Takes what the step's logits became, (B,): until then the same step can be taken again."""
-        self.tokens = tokens
+        self.tokens = tokens.to(self.tokens.device)
         self.positions = [position + 1 for position in self.positions]
 
     def _self_layer(
@@ -144,12 +150,7 @@ class Decode:
         rows = rows + layer.cross_attn_mlp_gate.tanh() * layer.mlp(norm(layer.post_attention_layernorm, rows))
         return rows if members.seers is None else states.index_copy(0, members.seers, rows)
 
-    def _assemble(self) -> _Members:
-        device = self.tokens.device
-        places = torch.arange(self.memory.capacity, device=device)
-        closed = places >= torch.tensor(self.positions, device=device)[:, None]
-        mask = torch.zeros(closed.shape, dtype=self.model.dtype, device=device)
-        mask = mask.masked_fill(closed, torch.finfo(mask.dtype).min)[:, None, None]
+    def _assemble(self) -> list[_Members]:
         seers = [row for row, sequence in enumerate(self.running) if sequence.segment is not None]
         by: dict[Segment, list[int]] = {}
         for place, row in enumerate(seers):
@@ -157,11 +158,21 @@ class Decode:
         single = [(segment, places[0]) for segment, places in by.items() if len(places) == 1]
         several = {segment: places for segment, places in by.items() if len(places) > 1}
         stand = [place for _, place in single] + [place for places in several.values() for place in places]
-        return _Members(
-            mask=mask,
-            seers=None if len(seers) == len(self.running) else torch.tensor(seers, device=device),
-            alone=[place for _, place in single],
-            views=[list(layer) for layer in zip(*(segment.views for segment, _ in single), strict=True)],
-            shared=[(segment, torch.tensor(places, device=device)) for segment, places in several.items()],
-            order=None if stand == sorted(stand) else torch.tensor(stand, device=device).argsort(),
-        )
+        views = [list(layer) for layer in zip(*(segment.views for segment, _ in single), strict=True)]
+        return [
+            _Members(
+                mask=self._mask(device),
+                seers=None if len(seers) == len(self.running) else torch.tensor(seers, device=device),
+                alone=[place for _, place in single],
+                views=views,
+                shared=[(segment, torch.tensor(places, device=device)) for segment, places in several.items()],
+                order=None if stand == sorted(stand) else torch.tensor(stand, device=device).argsort(),
+            )
+            for device in (stage.device for stage in self.stages)
+        ]
+
+    def _mask(self, device: torch.device) -> Tensor:
+        places = torch.arange(self.memory.capacity, device=device)
+        closed = places >= torch.tensor(self.positions, device=device)[:, None]
+        mask = torch.zeros(closed.shape, dtype=self.model.dtype, device=device)
+        return mask.masked_fill(closed, torch.finfo(mask.dtype).min)[:, None, None]

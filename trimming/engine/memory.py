@@ -210,6 +210,10 @@ class Memory:
 
     # ---- room -----------------------------------------------------------------------------------------------------------
 
+    def fits(self, slots: int, capacity: int, segments: int) -> bool:
+        """Whether this many slots for ``capacity`` tokens, and segments of so many elements in all, have room together."""
+        return slots * self.slot_elements_for(capacity) + segments <= self.size
+
     @property
     def free(self) -> int:
         return sum(size for _, size in self.holes)

@@ -26,6 +26,8 @@ from trimming.engine.layers import (
 )
 from trimming.engine.memory import Memory, Segment
 from trimming.engine.sequence import Encoded, Sequence_, packed_positions
+from trimming.engine.sharded import ShardedMemory
+from trimming.engine.stages import stages
 from trimming.mllama import Rows
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
@@ -79,7 +81,12 @@ class Prefill:
     """
 
     def __init__(
-        self, model: MllamaForConditionalGeneration, policy: Policy, rows: Rows, memory: Memory, rotary: Rotary
+        self,
+        model: MllamaForConditionalGeneration,
+        policy: Policy,
+        rows: Rows,
+        memory: Memory | ShardedMemory,
+        rotary: Rotary,
     ) -> None:
         self.model, self.policy, self.rows, self.memory, self.rotary = model, policy, rows, memory, rotary
         self.text: Any = model.model.language_model
@@ -87,6 +94,7 @@ class Prefill:
         self.tokens: int = model.model.vision_model.num_patches
         self.max_tiles: int = model.config.vision_config.max_num_tiles
         self.is_cross = crosses(model)
+        self.stages = stages(model)
 
     def __call__(self, sequences: Sequence[Sequence_]) -> Tensor:
         """Logits (B, V) of the token after each prompt. Sets each sequence's ``segment`` and ``trim``.
@@ -111,16 +119,20 @@ class Prefill:
         cos, sin = self.rotary.at(torch.cat([torch.arange(n, device=device) for n in batch.lengths]))
         last = torch.tensor(batch.lengths, device=device).cumsum(0) - 1
         own = crossed = 0
-        for number, (layer, is_cross) in enumerate(zip(self.text.layers, self.is_cross, strict=True)):
-            if not is_cross:
-                # Of the last layer only the rows that tell the next tokens are wanted.
-                only = last if number == len(self.is_cross) - 1 else None
-                states = self._self_layer(layer, own, batch, states, (cos, sin), only)
-                own += 1
-            else:
-                if batch.looks:
-                    self._cross_layer(layer, crossed, batch, states)
-                crossed += 1
+        for stage in self.stages:
+            batch.move(stage.device)
+            states, cos, sin, last = (t.to(stage.device) for t in (states, cos, sin, last))
+            for number in stage.layers:
+                layer = self.text.layers[number]
+                if not self.is_cross[number]:
+                    # Of the last layer only the rows that tell the next tokens are wanted.
+                    only = last if number == len(self.is_cross) - 1 else None
+                    states = self._self_layer(layer, own, batch, states, (cos, sin), only)
+                    own += 1
+                else:
+                    if batch.looks:
+                        self._cross_layer(layer, crossed, batch, states)
+                    crossed += 1
         if not batch.decided:
             batch.keep(self._select(batch, None))
         if self.is_cross[-1]:
@@ -195,7 +207,7 @@ class Prefill:
         for number, group in batch.new_groups():
             key, value = firsts[number]
             low, high = group.stored
-            kept = batch.kept[number][low:high]
+            kept = batch.kept[number][low:high].to(key.device)
             stored = self.memory.segment_layer(group.segment, 0)
             stored[0].copy_(key[:, kept])
             stored[1].copy_(value[:, kept])
@@ -214,7 +226,7 @@ class Prefill:
         new = list({id(e): e for s in batch.sequences for e in s.encoded if e.first is None}.values())
         if not new:
             return
-        key, value = cross_projections(attention, torch.cat([e.features for e in new]))
+        key, value = cross_projections(attention, torch.cat([e.features for e in new]).to(batch.rows.device))
         sizes = [len(e.features) for e in new]
         for encoded, k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
             # Views would keep all of the batch's images.
@@ -252,7 +264,7 @@ class Prefill:
         if scores is not None:
             attention = torch.zeros(len(valid), self.geometry.heads, length, dtype=torch.float32, device=device)
             for row, (seen, positions) in enumerate(zip(scores, batch.positions, strict=True)):
-                attention[row, :, positions.to(device)] = seen
+                attention[row, :, positions.to(device)] = seen.to(device)
         context = VisualContext(
             valid=valid.to(device),
             images=images,
@@ -310,6 +322,14 @@ class _Batch:
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.blind = torch.tensor(blind, device=device) if blind else None
 
+    def move(self, device: torch.device) -> None:
+        """Takes what the next layers need to their device."""
+        self.rows = self.rows.to(device)
+        self.blind = None if self.blind is None else self.blind.to(device)
+        for _, group in self.new_groups():
+            assert group.features is not None
+            group.features = group.features.to(device)
+
     def keep(self, keep: Tensor) -> None:
         """Takes ``keep`` (B, N) bool for decided: groups sequences, and allocates a segment for each group."""
         self.decided = True
@@ -349,7 +369,8 @@ class _Batch:
             sequence.cross_need = memory.segment_elements_for(rows, widths, widths)
             return None
         features = _joined([e.features for e in sequence.encoded], sequence.encoded, self.prefill.tokens)
-        group = _Group(features if len(kept) == len(features) else features[kept.to(features.device)], stored, segment)
+        features = features if len(kept) == len(features) else features[kept.to(features.device)]
+        group = _Group(features.to(self.rows.device), stored, segment)
         if share is not None:
             mine[share] = group
         return group

@@ -25,6 +25,8 @@ from trimming.engine.prefill import NoRoomError, Prefill
 from trimming.engine.request import Completion, Image, Request
 from trimming.engine.sampling import choose
 from trimming.engine.sequence import Encoded, Sequence_, ceil_to, image_spans
+from trimming.engine.sharded import ShardedMemory
+from trimming.engine.stages import stage_geometries, stages
 from trimming.engine.vision import ImageCache, Tower, TowerTiles
 from trimming.mllama import Rows
 from trimming.policies import Policy
@@ -65,7 +67,8 @@ class Engine:
         rows: what rows before the image do; see ``trimming.trim``.
         normalise: from uint8 tiles (n, 3, side, side) to the model's pixels, in its dtype and on its device.
         eos: tokens that end an answer.
-        kv_bytes: memory for keys and values; as many sequences run as fit in.
+        kv_bytes: memory for keys and values; as many sequences run as fit in. Of a model on several devices either each
+            device's or the sum, which is then shared out by layers.
         max_sequences: and no more than these.
         image_cache_bytes: memory for encoded images that later requests may share; 0 encodes every request's images.
         tower_tiles: ``real`` leaves padding tiles out of the vision tower, which is faster and an approximation.
@@ -80,7 +83,7 @@ class Engine:
         rows: Rows = "meta",
         normalise: Callable[[Tensor], Tensor],
         eos: Collection[int],
-        kv_bytes: int,
+        kv_bytes: int | Sequence[int],
         max_sequences: int = 256,
         image_cache_bytes: int = 1 << 30,
         tower_tiles: TowerTiles = "all",
@@ -97,7 +100,8 @@ class Engine:
         self.tower = Tower(model, normalise, tower_tiles, keep_padding=rows == "transformers")
         self.images = ImageCache(image_cache_bytes)
         self.geometry = Geometry.of(model.config)
-        self.memory = Memory(self.geometry, kv_bytes, model.dtype, model.device)
+        self.stages = stages(model)
+        self.memory = _memory_for(model, kv_bytes)
         rotary = Rotary(model.model.language_model.rotary_emb)
         self.prefill = Prefill(model, policy, rows, self.memory, rotary)
         self.decode = _decode_for(model, self.memory, rotary, max_sequences)
@@ -236,10 +240,11 @@ class Engine:
             tokens += len(sequence.request.tokens)
             capacity = max(capacity, sequence.capacity)
             used += self._expected(sequence, _keys(sequence) in here)
-            slots = (len(running) + len(batch) + 1) * memory.slot_elements_for(ceil_to(capacity, SLOT_GRAIN))
+            together = len(running) + len(batch)
             if len(batch) == self.prefill_sequences or (batch and tokens > PREFILL_TOKENS):
                 return batch, True
-            if len(running) + len(batch) == self.max_sequences or used + slots > memory.size:
+            fits = memory.fits(together + 1, ceil_to(capacity, SLOT_GRAIN), used)
+            if together == self.max_sequences or not fits:
                 break
             batch.append(sequence)
             here.add(_keys(sequence))
@@ -518,7 +523,8 @@ class Engine:
     def _healthy(self) -> bool:
         """Whether the device still works: after a fault of its own, CUDA fails every later call too."""
         try:
-            torch.ones(1, device=self.model.device).add(1).item()
+            for stage in self.stages:
+                torch.ones(1, device=stage.device).add(1).item()
         except torch.OutOfMemoryError:
             return True
         except RuntimeError:
@@ -526,8 +532,20 @@ class Engine:
         return True
 
 
-def _decode_for(model: MllamaForConditionalGeneration, memory: Memory, rotary: Rotary, most: int) -> Decode:
-    if model.device.type != "cuda":
+def _memory_for(model: MllamaForConditionalGeneration, kv_bytes: int | Sequence[int]) -> Memory | ShardedMemory:
+    geometries, devices = stage_geometries(model), [stage.device for stage in stages(model)]
+    if isinstance(kv_bytes, int):
+        layers = [geometry.self_layers + geometry.cross_layers for geometry in geometries]
+        kv_bytes = [kv_bytes * count // sum(layers) for count in layers]
+    if len(devices) == 1:
+        return Memory(geometries[0], kv_bytes[0], model.dtype, devices[0])
+    return ShardedMemory(geometries, kv_bytes, model.dtype, devices)
+
+
+def _decode_for(model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary, most: int) -> Decode:
+    # A graph is one device's. On several each step launches its kernels, behind which the weights of a model that needs
+    # several take their time to read.
+    if model.device.type != "cuda" or isinstance(memory, ShardedMemory):
         return Decode(model, memory, rotary)
     from trimming.engine.cuda import GraphDecode
 
