@@ -47,7 +47,7 @@ class Answerer:
     def __init__(self, folder: Path) -> None:
         checkpoint = find_checkpoint(str(folder), None)
         self.processor = load_processor(checkpoint)
-        self.model = load_model(checkpoint, "float32", torch.device("cpu"))
+        self.model = load_model(checkpoint, "float32", [torch.device("cpu")])
         self.tiler = Tiler(self.processor)
         self.tokens = cache(Prompter(self.processor).tokens)
         self._tiles: dict[str, Tiles] = {}

@@ -33,7 +33,8 @@ def heading(plan: Plan) -> str:
     options = "".join(f" {name}={value:g}" for name, value in config.policy_options.items())
     done = f", {len(plan.finished)} of them finished before" if plan.finished else ""
     parts = f"{count(plan.rows, 'row')} in {count(len(plan.shards), 'shard')}, {count(len(plan.units), 'unit')}{done}"
-    return f"{parts}; {config.model}, {config.policy}{options}"
+    tiles = f", up to {count(config.max_tiles, 'tile')} an image" if config.max_tiles is not None else ""
+    return f"{parts}; {config.model}, {config.policy}{options}{tiles}"
 
 
 def dry_run(plan: Plan) -> str:
@@ -76,20 +77,22 @@ def table(summary: dict[str, Any], output: str) -> str:
     rows, seconds = summary["rows"], summary["seconds"]
     full, kept = summary["cross_kv_bytes_full"], summary["cross_kv_bytes"]
     fraction = summary["mean_keep_fraction"]
-    working = summary["seconds_working"]
-    share = summary["rows_this_start"] / rows if rows else 0
+    working, actors = summary["seconds_working"], summary.get("actor_seconds")
     lines = [
         ("rows", f"{rows:,}"),
         ("errors", f"{summary['errors']:,}"),
         *((f"  {found['rows']:,}", kind) for kind, found in list(summary.get("error_kinds", {}).items())[:KINDS]),
         ("seconds", f"{seconds:.1f}, {working:.1f} of them with the cluster up"),
-        ("images/s", f"{summary['images'] * share / working:.1f}" if working else "-"),
+        # Over all starts of the run, unlike the seconds.
+        ("images/s per actor", f"{summary['images'] / actors:.1f}, once its model is loaded" if actors else "-"),
         ("mean kept fraction", "-" if fraction is None else f"{fraction:.3f}"),
         ("cross KV", f"{size(kept)} of {size(full)}"),
         ("KV saved", f"{size(full - kept)} ({(1 - kept / full) if full else 0:.1%})"),
     ]
     if summary["accuracy"] is not None:
         lines.append(("accuracy", f"{summary['accuracy']:.1%} of {summary['judged']:,}"))
+    if summary.get("gpu_seconds"):
+        lines.append(("GPU hours", f"{summary['gpu_seconds'] / 3600:,.2f}"))
     lines.append(("device", f"{summary['device']}, {summary['dtype']}"))
     lines.append(("output", output))
     return "\n".join(f"{name:<20}{value}" for name, value in lines)

@@ -30,6 +30,7 @@ from pipeline.schema import Columns
 from pipeline.source import READ_SECONDS, block_rows
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from pipeline.engine import Engine
@@ -74,7 +75,9 @@ class Answerer:
         self.turns, self.gauges = _Turns(), Gauges()
         self.refused: str | None = None
         self.load_seconds: float | None = None
+        self.accounts = threading.Lock()
         self._start()
+        self.unit_ended = time.perf_counter()
 
     def _start(self) -> None:
         """Loads the model, and begins what feeds it."""
@@ -82,17 +85,17 @@ class Answerer:
         cores = _cores()
         self.decoders = _Decoders(min(DECODERS, cores))
         self.ahead = threading.BoundedSemaphore(self.config.batch_size + AHEAD)
-        self.accounts = threading.Lock()
         self.accounted: dict[str, float] = {}
         self.device = _Device()
         try:
             self.engine: Engine = self.device.start(partial(_load, self.config, self.checkpoint), cores)
+            weakref.finalize(self, self.device.stop)
+            model_tiles = self.engine.model.config.vision_config.max_num_tiles
+            self.tiler = images.Tiler(self.engine.processor, self.config.max_tiles, model_tiles)
         except Exception as error:  # noqa: BLE001 - told by the first unit instead
             # Ray starts an actor over whose constructor raises, and prints every traceback; a unit that raises ends the run.
             self.refused = f"{type(error).__name__}: {error}"
             return
-        weakref.finalize(self, self.device.stop)
-        self.tiler = images.Tiler(self.engine.processor)
         self.load_seconds = time.perf_counter() - began
 
     def __call__(self, unit: pa.Table) -> pa.Table:
@@ -127,6 +130,8 @@ class Answerer:
             **tally(rows, packed, self.columns),
             **counts,
             "seconds": dict(seconds),
+            "actor_seconds": self._actor_seconds(),
+            "gpus": _gpus(self.config, self.engine),
             "device": _device_name(self.engine),
             "dtype": str(self.engine.model.dtype).removeprefix("torch."),
             "peak_memory_bytes": _peak_memory(self.engine),
@@ -260,6 +265,16 @@ class Answerer:
             seconds[stage] += since.get(stage, 0.0)
         peaks = ("peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
         return {name: int(since[name]) for name in counters} | {name: getattr(statistics, name) for name in peaks}
+
+    def _actor_seconds(self) -> float:
+        """Seconds that a unit which ends now stands for: since the unit before it ended, or since the actor was ready.
+
+        Units run side by side and wait for rows in between; so cut, an actor's units add up to its time, once.
+        """
+        with self.accounts:
+            now = time.perf_counter()
+            since, self.unit_ended = now - self.unit_ended, now
+        return since
 
 
 class _Decoders:
@@ -402,16 +417,13 @@ def _release(ahead: threading.Semaphore, _: object) -> None:
 
 
 def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
-    import torch
-
     from pipeline.engine import Decoding, Engine, Limits
     from pipeline.model import build_policy, load_model, load_processor
     from trimming.engine import Sampling
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Engine(
-        load_model(checkpoint, config.dtype, device),
+        load_model(checkpoint, config.dtype, _devices(config)),
         load_processor(checkpoint),
         build_policy(config),
         config.rows,
@@ -423,6 +435,15 @@ def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
         ),
         config.tower_tiles,
     )
+
+
+def _devices(config: RunConfig) -> list[torch.device]:
+    """Those of a copy of the model: of the machine's GPUs an actor sees only those that Ray has given it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    return [torch.device("cuda", i) for i in range(max(1, int(config.gpus_per_actor or 1)))]
 
 
 def _cores() -> int:
@@ -437,11 +458,18 @@ def _device_name(engine: Engine) -> str:
     return f"CPU, {_cores()} threads"
 
 
+def _gpus(config: RunConfig, engine: Engine) -> float:
+    """GPUs that the actor holds."""
+    if engine.device.type != "cuda":
+        return 0.0
+    return 1.0 if config.gpus_per_actor is None else float(config.gpus_per_actor)
+
+
 def _peak_memory(engine: Engine) -> int:
     import resource
 
     import torch
 
     if engine.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(engine.device))
+        return sum(torch.cuda.max_memory_allocated(stage.device) for stage in engine.batch.stages)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

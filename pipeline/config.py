@@ -40,6 +40,7 @@ _DECIDES = (
     "top_k",
     "seed",
     "stop",
+    "max_tiles",
     "tower_tiles",
     "limit",
     "unit_rows",
@@ -119,6 +120,9 @@ class RunConfig:
     stop: list[str] = field(default_factory=list)
     """Texts that end an answer and are cut off it."""
 
+    max_tiles: int | None = None
+    """Most tiles an image is cut into; default: the model's own, 4. Fewer cost less and show an image at a lower resolution."""
+
     tower_tiles: TowerTiles = "all"
     """``real`` leaves padding tiles out of the vision tower: faster, and an approximation of the model."""
 
@@ -135,7 +139,8 @@ class RunConfig:
     """Copies of the model."""
 
     gpus_per_actor: float | None = None
-    """GPUs for each copy, at most 1; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs for each copy: a share of one, or several, which then hold consecutive layers each; default: 1 where the cluster has
+    GPUs, else 0."""
 
     cpus_per_actor: float = 1.0
     """Logical CPUs for each copy."""
@@ -177,7 +182,7 @@ class RunConfig:
         if self.job == "answer" and not self.question_column:
             raise ValueError(f"question_column={self.question_column!r}: name the column that holds the questions")
         self._check_policy()
-        for name in ("max_new_tokens", "batch_size", "num_actors", "unit_rows", "limit", "top_k"):
+        for name in ("max_new_tokens", "batch_size", "num_actors", "unit_rows", "limit", "top_k", "max_tiles"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -220,11 +225,9 @@ class RunConfig:
         if self.cpus_per_actor < 0 or (self.gpus_per_actor or 0) < 0:
             given = f"cpus_per_actor={self.cpus_per_actor}, gpus_per_actor={self.gpus_per_actor}"
             raise ValueError(f"{given} must not be negative; use 0 for none")
-        if (self.gpus_per_actor or 0) > 1:
-            raise ValueError(
-                f"gpus_per_actor={self.gpus_per_actor:g}: a copy of the model uses one GPU; models that need several are not "
-                "supported yet"
-            )
+        gpus = self.gpus_per_actor or 0
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus_per_actor={gpus:g}: a copy of the model takes a share of one GPU, or several whole ones")
 
     def _check_policy(self) -> None:
         takes = POLICY_OPTIONS[self.policy]

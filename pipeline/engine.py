@@ -16,6 +16,7 @@ from trimming import Policy
 from trimming.engine import Completion, Image, Request, Sampling
 from trimming.engine import Engine as BatchEngine
 from trimming.engine.memory import spare_bytes
+from trimming.engine.stages import stages
 
 FinishReason = Literal["stop", "length"]
 
@@ -62,7 +63,7 @@ class Limits:
 
     max_sequences: int = 256
     kv_bytes: int | None = None
-    """Memory for keys and values; None: what the device can spare once the model is loaded."""
+    """Memory for keys and values, of all devices; None: what each can spare once the model is loaded."""
     image_cache_bytes: int = 1 << 30
 
 
@@ -84,14 +85,15 @@ class Engine:
         self.prompter = Prompter(processor)
         eos = model.generation_config.eos_token_id
         eos = processor.tokenizer.eos_token_id if eos is None else eos
-        kv_bytes = limits.kv_bytes or spare_bytes(self.device, limits.image_cache_bytes)
+        # The first device encodes images, and holds what is kept of them.
+        spare = [spare_bytes(s.device, 0 if n else limits.image_cache_bytes) for n, s in enumerate(stages(model))]
         self.batch = BatchEngine(
             model,
             policy,
             rows=rows,
             normalise=Normaliser(processor, self.device, model.dtype),
             eos=eos if isinstance(eos, list) else [eos],
-            kv_bytes=kv_bytes,
+            kv_bytes=limits.kv_bytes or spare,
             max_sequences=limits.max_sequences,
             image_cache_bytes=limits.image_cache_bytes,
             tower_tiles=tower_tiles,

@@ -44,19 +44,32 @@ class Tiler:
     """The processor's own resizing, padding and cutting, left in uint8.
 
     Normalised fp32 pixels, padded to the most tiles, are 16 times as many bytes as the uint8 real tiles at one tile an image.
+
+    Args:
+        processor: the checkpoint's.
+        max_tiles: most tiles an image is cut into; default: the processor's own.
+        model_tiles: the model's ``max_num_tiles``; default: the processor's own. It numbers the grids: the model has learnt an
+            embedding for each ``ratio_id``, whatever part of its grids images are cut to.
+
+    Raises ``ValueError`` where an image could come out in more tiles than the model takes.
     """
 
-    def __init__(self, processor: MllamaProcessor) -> None:
+    def __init__(self, processor: MllamaProcessor, max_tiles: int | None = None, model_tiles: int | None = None) -> None:
         from transformers.models.mllama.image_processing_pil_mllama import (
             get_all_supported_aspect_ratios,
             get_optimal_tiled_canvas,
         )
 
         self.processor = processor.image_processor
-        self.max_tiles: int = self.processor.max_image_tiles
+        own: int = self.processor.max_image_tiles
+        self.max_tiles = own if max_tiles is None else max_tiles
+        model_tiles = own if model_tiles is None else model_tiles
+        if not 1 <= self.max_tiles <= model_tiles:
+            raise ValueError(f"max_tiles={self.max_tiles} is not in 1 to {model_tiles}, which the model takes; set it so")
         size = self.processor.size
         self.side = int(size["height"])
-        self.grids: list[tuple[int, int]] = get_all_supported_aspect_ratios(self.max_tiles)
+        self.grids: list[tuple[int, int]] = get_all_supported_aspect_ratios(model_tiles)
+        self._allowed: list[tuple[int, int]] = get_all_supported_aspect_ratios(self.max_tiles)
         self._canvas = get_optimal_tiled_canvas
 
     def tile_count(self, width: int, height: int) -> int:
@@ -65,11 +78,13 @@ class Tiler:
         return int(tall // self.side) * int(wide // self.side)
 
     def __call__(self, image: Image.Image) -> Tiles:
-        out = self.processor([[image]], do_rescale=False, do_normalize=False, return_tensors="pt")
-        ratio_id = int(out["aspect_ratio_ids"][0, 0])
-        rows, columns = self.grids[ratio_id - 1]
+        out = self.processor(
+            [[image]], max_image_tiles=self.max_tiles, do_rescale=False, do_normalize=False, return_tensors="pt"
+        )
+        # The processor numbers the grids that it may choose from: the same grid has another number among the model's.
+        rows, columns = grid = self._allowed[int(out["aspect_ratio_ids"][0, 0]) - 1]
         pixels = out["pixel_values"][0, 0, : rows * columns].round().to(torch.uint8)
-        return Tiles(pixels, (rows, columns), ratio_id)
+        return Tiles(pixels, grid, self.grids.index(grid) + 1)
 
 
 class Normaliser:

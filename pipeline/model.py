@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,20 +123,29 @@ def load_processor(checkpoint: Checkpoint) -> MllamaProcessor:
     return processor
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, device: torch.device) -> MllamaForConditionalGeneration:
-    """The model on ``device``, ready to generate. ``dtype`` is ``RunConfig.dtype``."""
+def load_model(checkpoint: Checkpoint, dtype: str, devices: Sequence[torch.device]) -> MllamaForConditionalGeneration:
+    """The model on one device, or its layers on several, ready for the engine. ``dtype`` is ``RunConfig.dtype``.
+
+    It comes by way of the machine's memory, which has to hold all of it for a while. (transformers' own ``device_map`` would
+    spare that, and leave accelerate's hooks on every module, which move all that passes.)
+    """
     import torch
     from transformers import MllamaForConditionalGeneration
 
-    kind = getattr(torch, "bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else getattr(torch, dtype)
+    from pipeline import placement
+
+    automatic = "bfloat16" if devices[0].type == "cuda" else "float32"
     model = MllamaForConditionalGeneration.from_pretrained(
         checkpoint.source,
         revision=checkpoint.revision or "main",
-        dtype=kind,
+        dtype=getattr(torch, automatic if dtype == "auto" else dtype),
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return model.to(device).eval()
+    places = placement.device_map(model, devices) if len(devices) > 1 else {"": devices[0]}
+    for name, device in places.items():
+        model.get_submodule(name).to(device)
+    return model.eval()
 
 
 def build_policy(config: RunConfig) -> Policy:

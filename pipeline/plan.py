@@ -84,6 +84,7 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Looks at model, input and output. Raises ``ValueError`` or ``OSError``, in one line, for what can't run."""
     checkpoint = find_checkpoint(config.model, config.revision)
+    _check_tiles(config, checkpoint)
     output = Storage(config.output, config.storage_options)
     root, names = split_input(config.input, config.storage_options)
     names = without(names, root, output)
@@ -109,6 +110,16 @@ def make_plan(config: RunConfig) -> Plan:
     if columns.id and not plan.begun:
         check_ids(root, planned, columns.id)
     return plan
+
+
+def _check_tiles(config: RunConfig, checkpoint: Checkpoint) -> None:
+    # Where a checkpoint does not say, it has what transformers takes for it.
+    most = (checkpoint.config.get("vision_config") or {}).get("max_num_tiles", 4)
+    if config.max_tiles is not None and config.max_tiles > most:
+        raise ValueError(
+            f"max_tiles={config.max_tiles} is over the {most} tiles that model={config.model!r} takes of an image; "
+            f"lower it to 1 to {most}, or drop it"
+        )
 
 
 def look_again(plan: Plan) -> Plan:

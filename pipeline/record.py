@@ -172,15 +172,21 @@ def read_markers(output: Storage, units: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Adds up units' statistics. Seconds are summed over actors; peaks are the most of any; absent values are left out."""
+    """Adds up units' statistics. Seconds are summed over actors; peaks are the most of any; absent values are left out.
+
+    ``actor_seconds`` is the time of all actors from when each was ready to the end of its last unit, and ``gpu_seconds`` that
+    time by the GPUs each held; loading the model, and work that was lost, is in neither. Both are None where a unit lacks them.
+    """
     totals: dict[str, Any] = dict.fromkeys(_SUMS, 0)
     seconds: Counter[str] = Counter()
     devices: Counter[str] = Counter()
     peaks = dict.fromkeys(_PEAKS, 0)
     dtypes: set[str] = set()
     kinds: list[errors.Kinds] = []
+    held: list[tuple[float | None, float]] = []
     for unit in stats:
         kinds.append(unit.get("error_kinds", {}))
+        held.append((unit.get("actor_seconds"), unit.get("gpus", 0.0)))
         for name in _SUMS:
             totals[name] += unit.get(name, 0)
         seconds.update(unit["seconds"])
@@ -196,6 +202,11 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     totals["device"] = ", ".join(sorted(devices))
     totals["dtype"] = ", ".join(sorted(dtypes))
     totals |= peaks
+    # A part of them must not pass for the whole, which a bill is made from.
+    timed = [(spent, gpus) for spent, gpus in held if spent is not None]
+    whole = len(timed) == len(held)
+    totals["actor_seconds"] = round(sum(spent for spent, _ in timed), 3) if whole else None
+    totals["gpu_seconds"] = round(sum(spent * gpus for spent, gpus in timed), 3) if whole else None
     totals["seconds_per_stage"] = {name: round(value, 3) for name, value in sorted(seconds.items())}
     return totals
 

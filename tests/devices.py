@@ -6,14 +6,18 @@ another device, as CUDA's do.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
+
+from trimming.engine import Engine
 
 
 def pretended(index: int) -> torch.device:
@@ -85,6 +89,11 @@ class Pretending(TorchFunctionMode):
 # Functions that make themselves masks or numbers, which a tensor of the meta device could not hold.
 _MAKES_MORE = {F.scaled_dot_product_attention, torch.where}
 _MADE = {torch.tensor, torch.arange, torch.zeros, torch.ones, torch.empty, torch.full}
+
+
+def use_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets engines run on them: tensors that wrap others can't be had as views in inference mode."""
+    monkeypatch.setattr(Engine, "step", torch.no_grad()(inspect.unwrap(Engine.step)))
 
 
 def place(module: nn.Module, device: torch.device) -> None:

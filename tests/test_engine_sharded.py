@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from devices import Pretending, place, pretended
+from devices import Pretending, place, pretended, use_pretended
 from tiny import BATCHES, TOKENS, Prompt, Row, assert_empty, complete, lively_model, make_engine, make_prompts
 from transformers import MllamaForConditionalGeneration
 
@@ -22,8 +21,7 @@ from trimming.engine.stages import stage_geometries, stages
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Tensors that wrap others can't be had as views in inference mode.
-    monkeypatch.setattr(Engine, "step", torch.no_grad()(inspect.unwrap(Engine.step)))
+    use_pretended(monkeypatch)
     with Pretending():
         yield
 

@@ -74,6 +74,8 @@ def test_importing_does_nothing() -> None:
         (["--policy", "best"], "policy"),
         (["--no-such-option", "1"], "no-such-option"),
         (["--top-p", "0.5"], "set a temperature"),
+        (["--max-tiles", "0"], "max_tiles=0 must be at least 1"),
+        (["--max-tiles", "5"], "max_tiles=5 is over the 4 tiles that model="),
         (["--image-column", "img"], "image_column='img' is not a column of shard.parquet, which has image, question, answer"),
         (["--answer-column", "truth"], "answer_column='truth'"),
         (["--input", "/no/such/place"], "input='/no/such/place' does not exist"),
@@ -128,8 +130,12 @@ def test_dry_run_writes_nothing(shard: Path, checkpoint_folder: str, capsys: pyt
     assert "6 rows in 1 shard, 2 units" in said
     assert "<|image|>how many" in said
     assert not (shard.parent / "out").exists()
-    assert caption.main([*given(shard, checkpoint_folder), "--prompt", "what is this", "--dry-run"]) == 0
-    assert "<|image|>what is this" in capsys.readouterr().out
+    assert "tiles an image" not in said
+    arguments = ["--prompt", "what is this", "--max-tiles", "2", "--dry-run"]
+    assert caption.main([*given(shard, checkpoint_folder), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "<|image|>what is this" in said
+    assert "k_ratio=0.25, up to 2 tiles an image\n" in said
 
 
 def test_options_from_a_file(shard: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,19 +158,27 @@ def test_the_summary_in_words() -> None:
         "rows": 4, "rows_this_start": 4, "errors": 1, "images": 3, "seconds": 10.0, "seconds_working": 6.0,
         "cross_kv_bytes_full": 4 * 2**20, "cross_kv_bytes": 2**20, "mean_keep_fraction": 0.25, "accuracy": 0.5,
         "judged": 2, "device": "CPU, 2 threads", "dtype": "float32",
-        "error_kinds": {"no such file": {"rows": 1, "ids": ["a"]}},
+        "error_kinds": {"no such file": {"rows": 1, "ids": ["a"]}}, "actor_seconds": 12.0, "gpu_seconds": 0.0,
     }  # fmt: skip
     said = report.table(summary, "out")
     for line in (
         "rows                4",
         "errors              1",
         "  1                 no such file",
-        "images/s            0.5",
+        "images/s per actor  0.2, once its model is loaded",
         "KV saved            3.0 MiB (75.0%)",
     ):
         assert line in said
     assert "accuracy            50.0% of 2" in said
     assert "accuracy" not in report.table(summary | {"accuracy": None}, "out")
+    assert "GPU hours" not in said
+    assert "GPU hours           1.50\n" in report.table(summary | {"gpu_seconds": 5400.0}, "out")
+    # Seconds of a part of the units say nothing about the run.
+    unknown = report.table(summary | {"actor_seconds": None, "gpu_seconds": None}, "out")
+    assert "images/s per actor  -\n" in unknown
+    assert "GPU hours" not in unknown
+    # After a continuation too, the rate is the whole run's.
+    assert report.table(summary | {"rows_this_start": 1}, "out") == said
     assert [report.size(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3.0 GiB"]
 
 

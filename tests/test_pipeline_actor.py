@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -129,6 +131,46 @@ def test_kept_positions_and_grids(config: Any, table: pa.Table, tmp_path: Any) -
             assert all(k // 65 % 4 < grids[k // (4 * 65)] for k in row["kept"])
 
 
+def test_fewer_tiles(config: Any, table: pa.Table, tmp_path: Any) -> None:
+    full, whole = answer(config, table, tmp_path, write_kept=True)
+    assert answer(config, table, tmp_path, write_kept=True, max_tiles=4)[0] == full
+    rows, _ = answer(config, table, tmp_path, write_kept=True, max_tiles=2)
+    # A square is no larger on two tiles than on one.
+    assert [r["tiles"] for r in rows if r["error"] is None] == [1, 2, 2, 0, 0, 2, 2, 1]
+    assert rows[2]["tile_grid"] == [{"columns": 1, "rows": 1}] * 2
+    assert rows[7]["tile_grid"] == [{"columns": 2, "rows": 1}]
+    assert rows[8]["tile_grid"] == [{"columns": 1, "rows": 2}]
+    # What took no more anyway is answered as before.
+    same = [i for i, r in enumerate(full) if r["tiles"] in (None, 0, 1)]
+    assert len(same) == 8
+    assert [rows[i] for i in same] == [full[i] for i in same]
+    rows, stats = answer(config, table, tmp_path, max_tiles=1)
+    assert all(r["tiles"] == r["images"] for r in rows if r["error"] is None)
+    assert stats["tiles"] == stats["images"] == whole["images"]
+    assert stats["cross_kv_bytes_full"] == whole["cross_kv_bytes_full"] * stats["tiles"] / whole["tiles"]
+    assert [r["prompt_tokens"] for r in rows] == [r["prompt_tokens"] for r in full]
+
+
+def test_a_processor_of_more_tiles_than_the_model_takes_is_refused(
+    config: Any, table: pa.Table, tmp_path: Any, checkpoint_folder: str
+) -> None:
+    shutil.copytree(checkpoint_folder, tmp_path / "model")
+    file = tmp_path / "model/processor_config.json"
+    said = json.loads(file.read_text())
+    said["image_processor"]["max_image_tiles"] = 6
+    file.write_text(json.dumps(said))
+    assert answer(config, table, tmp_path, model=str(tmp_path / "model"), max_tiles=4)[1]["errors"] == len(BAD)
+    before = threading.active_count()
+    pq.write_table(table, tmp_path / "shard.parquet")
+    plan = make_plan(config(input=str(tmp_path / "shard.parquet"), output=str(tmp_path / "out"), model=str(tmp_path / "model")))
+    actor = Answerer(plan.config, plan.columns, plan.checkpoint)
+    with pytest.raises(RuntimeError, match=r"can't be loaded: ValueError: max_tiles=6 is not in 1 to 4"):
+        actor(pa.table({}))
+    del actor
+    gc.collect()
+    assert threading.active_count() <= before
+
+
 def test_captions(config: Any, table: pa.Table, tmp_path: Any) -> None:
     rows, stats = answer(
         config, table.drop(["question"]), tmp_path, job="caption", prompt="Describe this image.", question_column=None
@@ -218,9 +260,13 @@ def test_units_side_by_side_share_one_engine(config: Any, picture: Callable[...,
     settings = {"input": str(tmp_path / "shard.parquet"), "output": str(tmp_path / "out"), "unit_rows": 20}
     plan = make_plan(config(**settings, max_new_tokens=30))
     actor = Answerer(plan.config, plan.columns, plan.checkpoint)
+    ready = actor.unit_ended
     blocks = [block for unit in plan.units for block in UnitReader(plan.input, plan.columns)(unit)]
+    # As where reading is slow: the actor is held and waits.
+    time.sleep(0.2)
     with ThreadPoolExecutor(2) as pool:
         outs = list(pool.map(actor, blocks))
+    ended = time.perf_counter()
     numbers, stats = [], []
     for out in outs:
         ((_, rows, whole),) = block_rows([out])
@@ -233,6 +279,18 @@ def test_units_side_by_side_share_one_engine(config: Any, picture: Callable[...,
         assert sum(s["seconds"].get(stage, 0) for s in stats) == pytest.approx(engine.seconds[stage])
     assert sum(s["decode_tokens"] for s in stats) == engine.statistics.decode_tokens
     assert sum(s["images_encoded"] for s in stats) == 40
+    # Both units took most of that time, and it counts once.
+    assert all(s["actor_seconds"] >= 0 for s in stats)
+    assert sum(s["actor_seconds"] for s in stats) == pytest.approx(actor.unit_ended - ready)
+    assert 0.2 < actor.unit_ended - ready <= ended - ready
+    # A third unit, after a pause, stands for the pause too, and the model is loaded but once.
+    time.sleep(0.2)
+    ((_, _, whole),) = block_rows([actor(blocks[0])])
+    third = json.loads(whole[schema.STATS][0].as_py())
+    assert third["actor_seconds"] > 0.2
+    assert sum(s["actor_seconds"] for s in [*stats, third]) == pytest.approx(actor.unit_ended - ready)
+    assert ["load" in s["seconds"] for s in [*stats, third]].count(True) == 1
+    assert third["gpus"] == 0
 
 
 def test_an_actor_that_goes_ends_its_thread(config: Any, table: pa.Table, tmp_path: Any) -> None:

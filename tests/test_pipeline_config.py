@@ -20,6 +20,7 @@ GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
         ({"batch_size": -1}, r"batch_size=-1"),
         ({"limit": 0}, r"limit=0"),
+        ({"max_tiles": 0}, r"max_tiles=0 must be at least 1"),
         ({"temperature": -0.1}, r"temperature=-0\.1"),
         ({"top_p": 0.9}, r"temperature=0\.0 .*top_p"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0\.0"),
@@ -31,7 +32,7 @@ GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model
         ({"partition": "3 of 8"}, r"such as 3/8"),
         ({"partition": "1/2", "overwrite": True}, r"overwrite would delete the other partitions"),
         ({"max_error_rate": 5.0}, r"max_error_rate=5\.0 must lie in \[0, 1\]"),
-        ({"gpus_per_actor": 4.0}, r"gpus_per_actor=4: a copy of the model uses one GPU"),
+        ({"gpus_per_actor": 1.5}, r"gpus_per_actor=1\.5: a copy of the model takes a share of one GPU, or several whole ones"),
         ({"wait_minutes": -1.0}, r"wait_minutes=-1\.0"),
         ({"wait_minutes": 10.0}, r"needs gpus_per_actor"),
         ({"image_roots": ["https://example.com/photos"]}, r"image_roots=.*name folders"),
@@ -60,3 +61,4 @@ def test_a_default_and_its_value_decide_the_same_output() -> None:
     assert RunConfig(**GIVEN).decides_output() == RunConfig(**GIVEN, k_ratio=0.25).decides_output()
     assert RunConfig(**GIVEN).decides_output() == RunConfig(**GIVEN, batch_size=3, num_actors=7).decides_output()
     assert RunConfig(**GIVEN).decides_output() != RunConfig(**GIVEN, k_ratio=0.5).decides_output()
+    assert RunConfig(**GIVEN).decides_output() != RunConfig(**GIVEN, max_tiles=2).decides_output()

@@ -187,6 +187,63 @@ def test_pixels_equal_the_processors(checkpoint_folder: str, picture: Callable[.
             assert image.ratio_id == expected["aspect_ratio_ids"][row, i]
 
 
+FEWER = [*SIZES, (561, 560), (90, 330), (330, 100), (225, 224), (500, 500), (2000, 90), (50, 900), (100, 170)]
+"""Images of 1 to 4 tiles and of every grid that the model has."""
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+def test_fewer_tiles_keep_the_models_numbers(checkpoint_folder: str, picture: Callable[..., bytes], most: int) -> None:
+    """Numbered among the grids that are left, as the processor has it, an image of two tiles in a row would be the model's
+    one above the other above the other."""
+    checkpoint = find_checkpoint(checkpoint_folder, None)
+    processor = load_processor(checkpoint)
+    model_tiles = checkpoint.config["vision_config"]["max_num_tiles"]
+    table = checkpoint.config["vision_config"]["supported_aspect_ratios"]
+    own, tiler = Tiler(processor), Tiler(processor, most, model_tiles)
+    normalise = Normaliser(processor, torch.device("cpu"), torch.float32)
+    seen = set()
+    for seed, size in enumerate(FEWER):
+        image = pictures.decode(picture(*size, seed=seed))
+        tiles = tiler(image)
+        expected = processor.image_processor([[image]], max_image_tiles=most, return_tensors="pt")
+        count = int(expected["num_tiles"][0][0])
+        assert len(tiles.pixels) == tiles.grid[0] * tiles.grid[1] == tiler.tile_count(*image.size) == count <= most
+        assert (normalise(tiles.pixels) - expected["pixel_values"][0, 0, :count]).abs().max() <= 1e-6
+        assert tuple(table[tiles.ratio_id - 1]) == tiles.grid
+        seen.add(tiles.grid)
+        whole = own(image)
+        # The canvases that are left are some of the model's; whoever has the best of all among them keeps it.
+        if len(whole.pixels) <= most:
+            assert (tiles.grid, tiles.ratio_id) == (whole.grid, whole.ratio_id)
+            assert torch.equal(tiles.pixels, whole.pixels)
+        else:
+            assert len(tiles.pixels) < len(whole.pixels)
+    assert seen == {tuple(grid) for grid in table if grid[0] * grid[1] <= most}
+
+
+def test_the_models_own_table_numbers_what_a_processor_of_fewer_tiles_cuts(
+    checkpoint_folder: str, picture: Callable[..., bytes]
+) -> None:
+    """A checkpoint whose preprocessor_config.json has been turned down, as users do to save tiles."""
+    processor = load_processor(find_checkpoint(checkpoint_folder, None))
+    wide = pictures.decode(picture(440, 100))
+    expected = Tiler(processor, 2)(wide)
+    processor.image_processor.max_image_tiles = 2
+    tiles = Tiler(processor, model_tiles=4)(wide)
+    assert (tiles.grid, tiles.ratio_id) == (expected.grid, expected.ratio_id) == ((1, 2), 2)
+    tall = Tiler(processor, model_tiles=4)(pictures.decode(picture(100, 440)))
+    # The third of two tiles' grids, and the fifth of four's.
+    assert (tall.grid, tall.ratio_id) == ((2, 1), 5)
+    assert torch.equal(tiles.pixels, expected.pixels)
+    assert Tiler(processor, 3, 4).max_tiles == 3
+
+
+@pytest.mark.parametrize("most", [0, 5])
+def test_no_more_tiles_than_the_model_takes(checkpoint_folder: str, most: int) -> None:
+    with pytest.raises(ValueError, match=f"max_tiles={most} is not in 1 to 4"):
+        Tiler(load_processor(find_checkpoint(checkpoint_folder, None)), most)
+
+
 def test_grids_are_rows_and_columns(checkpoint_folder: str, picture: Callable[..., bytes]) -> None:
     tiler = Tiler(load_processor(find_checkpoint(checkpoint_folder, None)))
     wide = tiler(pictures.decode(picture(440, 100)))

@@ -146,7 +146,7 @@ def test_a_question_cannot_speak_as_the_system(processor: Any) -> None:
 
 def make_engine(checkpoint_folder: str, config: Any, **decoding: Any) -> Engine:
     checkpoint = find_checkpoint(checkpoint_folder, None)
-    model = load_model(checkpoint, "float32", torch.device("cpu"))
+    model = load_model(checkpoint, "float32", [torch.device("cpu")])
     decoding = {"max_new_tokens": 6, **decoding}
     limits = Limits(kv_bytes=1 << 24)
     return Engine(model, load_processor(checkpoint), build_policy(config), config.rows, Decoding(**decoding), limits)
@@ -248,7 +248,7 @@ def test_a_stop_text_ends_an_answer(checkpoint_folder: str, config: Any, picture
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_halved_weights(checkpoint_folder: str, config: Any, picture: Callable[..., bytes], dtype: str) -> None:
     checkpoint = find_checkpoint(checkpoint_folder, None)
-    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    model = load_model(checkpoint, dtype, [torch.device("cpu")])
     limits = Limits(kv_bytes=1 << 24)
     engine = Engine(model, load_processor(checkpoint), build_policy(config()), "meta", Decoding(max_new_tokens=3), limits)
     image, text = engine.generate(make_prompts(engine, picture, [(100, 80), None]))

@@ -127,6 +127,17 @@ def test_summaries_add_up() -> None:
     assert nothing["mean_keep_fraction"] is nothing["accuracy"] is None
 
 
+def test_the_bill_adds_up_or_is_unknown() -> None:
+    two_gpus = [STATS | {"actor_seconds": 10.5, "gpus": 1.0}, STATS | {"actor_seconds": 4.0, "gpus": 0.5}]
+    total = record.summarise(two_gpus)
+    assert (total["actor_seconds"], total["gpu_seconds"]) == (14.5, 12.5)
+    cpu = record.summarise([STATS | {"actor_seconds": 3.0, "gpus": 0.0}])
+    assert (cpu["actor_seconds"], cpu["gpu_seconds"]) == (3.0, 0.0)
+    # A run that an earlier version began, whose units do not say.
+    mixed = record.summarise([*two_gpus, STATS])
+    assert mixed["actor_seconds"] is mixed["gpu_seconds"] is None
+
+
 def unit_file(number: int) -> str:
     return f"shard-0123456789-{number:07d}-{number + 1:07d}.parquet"
 

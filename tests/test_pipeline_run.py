@@ -108,12 +108,30 @@ def test_starting_again_continues(config: Any, shards: Path, tmp_path: Path) -> 
     changed = {p for p in out.glob("*.parquet") if p.stat().st_mtime_ns != times[p]}
     assert changed == {lost, unmarked}
     assert read(out) == before
+    # Every unit's time counts once, whichever start did it; of the two that were done again, the later one's.
+    markers = [json.loads(path.read_text()) for path in (out / ".run/units").iterdir()]
+    assert second["actor_seconds"] == pytest.approx(sum(m["actor_seconds"] for m in markers), abs=1e-3)
+    assert 0 < first["actor_seconds"] < first["seconds_working"]
+    assert second["gpu_seconds"] == 0
     assert [second[k] for k in ("rows", "errors", "output_tokens")] == [first[k] for k in ("rows", "errors", "output_tokens")]
 
     with pytest.raises(RefusalError, match=r"differs in k_ratio \(0\.25 there, 0\.5 here\)"):
         make_plan(config(**settings, k_ratio=0.5))
+    with pytest.raises(RefusalError, match=r"differs in max_tiles \(None there, 2 here\)"):
+        make_plan(config(**settings, max_tiles=2))
     with pytest.raises(RefusalError, match="differs in input"):
         make_plan(config(**{**settings, "input": f"{shards}/a.parquet"}))
+
+
+def test_a_tile_an_image(config: Any, shards: Path, tmp_path: Path) -> None:
+    settings = {"input": str(shards / "a.parquet"), "policy": "none"}
+    full = graph.run(make_plan(config(**settings, output=str(tmp_path / "full"))))
+    fewer = graph.run(make_plan(config(**settings, output=str(tmp_path / "fewer"), max_tiles=1)))
+    rows = pq.read_table(tmp_path / "fewer")
+    assert rows["tiles"] == rows["images"]
+    assert fewer["tiles"] == fewer["images"] == full["images"] < full["tiles"]
+    assert fewer["cross_kv_bytes_full"] * full["tiles"] == full["cross_kv_bytes_full"] * fewer["tiles"]
+    assert json.loads((tmp_path / "fewer/.run/run.json").read_text())["decides"]["max_tiles"] == 1
 
 
 def test_ids_follow_from_shard_and_row(config: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:
