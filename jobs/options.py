@@ -82,7 +82,8 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
         return 0
     from pipeline import cluster, graph, record
 
-    print(report.heading(plan), file=sys.stderr, flush=True)
+    for line in filter(None, (report.heading(plan), report.advice(plan))):
+        print(line, file=sys.stderr, flush=True)
     try:
         summary = graph.run(plan, say=lambda line: print(line, file=sys.stderr, flush=True))
     except (cluster.TooSmallError, record.RefusalError) as error:

@@ -6,11 +6,14 @@ import re
 from typing import Any
 
 from pipeline.plan import Plan
+from pipeline.units import bytes_fetched
 
 # The line of a traceback that names the exception.
 _NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception): ")
 KINDS = 3
 """Kinds of errors that a summary names."""
+MUCH = 1 << 30
+"""Bytes read in vain from which on it is worth a word."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -37,6 +40,19 @@ def heading(plan: Plan) -> str:
     return f"{parts}; {config.model}, {config.policy}{options}{tiles}"
 
 
+def advice(plan: Plan) -> str | None:
+    """What to do about shards that are dear to read, in one line."""
+    once = sum(unit.bytes for unit in plan.remaining)
+    fetched = bytes_fetched(plan.shards, plan.remaining)
+    if fetched - once < MUCH:
+        return None
+    largest = max(max(shard.groups, default=0) for shard in plan.shards)
+    return (
+        f"{size(fetched)} will be read for {size(once)} of shards, as their row groups of up to {largest:,} rows are read whole "
+        f"for each unit of {plan.config.unit_rows}; rewrite them with smaller row groups, or raise unit_rows"
+    )
+
+
 def dry_run(plan: Plan) -> str:
     """The plan in lines, with the first prompt that has a question."""
     config = plan.config
@@ -53,6 +69,8 @@ def dry_run(plan: Plan) -> str:
         f"roles       image {plan.columns.image!r}, id {plan.columns.id!r}, answer {plan.columns.answer!r}",
         f"prompt      {example_prompt(plan)!r}",
     ]
+    if (said := advice(plan)) is not None:
+        lines.append(f"reading     {said}")
     return "\n".join(lines)
 
 

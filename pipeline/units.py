@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,6 +123,17 @@ def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None
             name, size = unit_name(shard, start, stop), int((stop - start) * row_bytes)
             units.append(Unit(shard.name, start, stop, name, size, reach.get(start, 0), reach.get(stop, 0)))
     return units
+
+
+def bytes_fetched(shards: Sequence[Shard], units: Sequence[Unit]) -> int:
+    """About how much comes from the store so that ``units`` can be read: of each row group that one touches, all."""
+    edges = {shard.name: [0, *accumulate(shard.groups)] for shard in shards}
+    fetched = 0.0
+    for unit in units:
+        ends = edges[unit.shard]
+        rows = ends[bisect_left(ends, unit.stop)] - ends[bisect_right(ends, unit.start) - 1]
+        fetched += rows / unit.rows * unit.bytes
+    return int(fetched)
 
 
 def part_of(units: Sequence[Unit], i: int, n: int) -> list[Unit]:

@@ -138,6 +138,17 @@ def test_dry_run_writes_nothing(shard: Path, checkpoint_folder: str, capsys: pyt
     assert "k_ratio=0.25, up to 2 tiles an image\n" in said
 
 
+def test_row_groups_that_are_read_again_and_again_are_worth_a_word(
+    shard: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*given(shard, checkpoint_folder), "--unit-rows", "2", "--dry-run"]
+    assert answer.main(arguments) == 0
+    assert "row groups" not in capsys.readouterr().out
+    monkeypatch.setattr(report, "MUCH", 1)
+    assert answer.main(arguments) == 0
+    assert "as their row groups of up to 6 rows are read whole for each unit of 2; rewrite" in capsys.readouterr().out
+
+
 def test_options_from_a_file(shard: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = dict(zip(("input", "output", "model"), given(shard, checkpoint_folder)[1::2], strict=True))
     lines = [f"{k}: {json.dumps(v)}" for k, v in names.items()]

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import units
 from pipeline.storage import Storage
-from pipeline.units import Shard, part_of, plan_units
+from pipeline.units import Shard, bytes_fetched, part_of, plan_units
 
 SCHEMA = pa.schema([])
 
@@ -111,3 +111,20 @@ def test_parts_are_disjoint_whole_and_parted_where_no_cut_can_move() -> None:
         assert all(part[0].start_reach == 0 for part in parts if part)
         assert max(map(len, parts)) <= len(units) // n + 4
     assert sum(map(bool, (part_of(units, i, 100) for i in range(1, 101)))) < 100
+
+
+@pytest.mark.parametrize(
+    ("groups", "unit_rows", "times"),
+    [
+        ((100, 100), 100, 1.0),
+        ((50, 50, 100), 100, 1.0),
+        ((1000,), 100, 10.0),
+        ((100, 0, 300), 100, 2.5),
+        ((10,) * 40, 100, 1.0),
+    ],
+)
+def test_what_is_fetched_of_row_groups_larger_than_units(groups: tuple[int, ...], unit_rows: int, times: float) -> None:
+    shards = [Shard("s.parquet", groups, 1000 * sum(groups), SCHEMA)]
+    planned = plan_units(shards, unit_rows)
+    assert bytes_fetched(shards, planned) == pytest.approx(times * shards[0].size, rel=1e-3)
+    assert bytes_fetched(shards, planned[:1]) == pytest.approx(planned[0].bytes * max(1, groups[0] / unit_rows), rel=1e-3)
