@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo bench bench-gpu test soak lint clean
+.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo bench bench-gpu test browser soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
@@ -19,7 +19,7 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,report,test,lint]'
 	touch $@
 
 demo: demo-shards ## answer 2,000 easy-VQA questions and 500 scenes, full and trimmed, and print both summaries
@@ -43,12 +43,17 @@ bench: .venv ## measure the engine beside transformers' generate on this machine
 bench-gpu: .venv ## the same at the 11B's size on one GPU, beside its roofline; says so where there is none
 	$(BIN)/python -m benchmarks.gpu --output benchmarks/results
 
+browser: ## install Debian's Chromium, in which tests open the report, where it is missing and apt may be used
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo 'no Chromium: the tests of the report in a browser are skipped' >&2
+
 test: .venv ## run the test suite, offline and on CPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-soak: .venv ## kill a job ten times at random moments, then put a million rows through a stand-in engine (three quarters of an hour)
-	SOAK_KILLS=10 $(BIN)/python -m pytest tests/test_jobs_faults.py -k random_moments
-	$(BIN)/python -m benchmarks.scale --output benchmarks/results
+soak: .venv ## kill a job's driver and actor at random moments, on disk and S3, then put a million rows through a stand-in engine; tables of what was lost (an hour at most)
+	$(BIN)/python -m benchmarks.soak --output benchmarks/results --minutes 25
+	$(BIN)/python -m benchmarks.scale --output benchmarks/results --minutes 30
 
 lint: .venv ## check style and types
 	$(BIN)/ruff check .

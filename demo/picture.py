@@ -18,16 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from demo import scenes, shards
 from demo.architecture import PATCH
+from jobs.comparison.overlay import Geometry
 
 if TYPE_CHECKING:
     from demo.answerer import Answered, Answerer
 
 ROOT = Path(__file__).resolve().parent.parent
-PER_SIDE = scenes.TILE // PATCH
-TOKENS = 1 + PER_SIDE**2
-"""Visual tokens of a tile: its class token, which is nowhere on the picture, then its patches by rows."""
+GEOMETRY = Geometry(side=scenes.TILE, patch=PATCH, most_tiles=4)
 PANEL, GAP, LINE = 330, 18, 19
-INK, PAPER, VEIL, FAULT = (40, 40, 40), (255, 255, 255), (58, 62, 76, 205), (190, 30, 30)
+INK, PAPER, FAULT = (40, 40, 40), (255, 255, 255), (190, 30, 30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,37 +84,10 @@ def caption_rows(index: int) -> Iterator[list[shards.Row]]:
             yield rows
 
 
-def patch_box(position: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Where visual token ``position`` lies on an image of ``size`` (width, height), in its pixels; None for a class token.
-
-    The processor fits the image into the canvas of ``grid`` tiles, at its top left, and pads it to the right and below; an
-    image smaller than the canvas but not than a tile keeps its size.
-    """
-    tile, token = divmod(position, TOKENS)
-    if token == 0:
-        return None
-    rows, columns = grid
-    fits = [min(max(side, scenes.TILE), tiles * scenes.TILE) / side for side, tiles in zip(size, (columns, rows), strict=True)]
-    scale = min(fits)
-    x = tile % columns * scenes.TILE + (token - 1) % PER_SIDE * PATCH
-    y = tile // columns * scenes.TILE + (token - 1) // PER_SIDE * PATCH
-    return x / scale, y / scale, (x + PATCH) / scale, (y + PATCH) / scale
-
-
 def veil(image: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
     """``image``, four times as large, with every patch veiled whose feature is not in ``kept``."""
-    zoom = 4
-    large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).convert("RGBA")
-    layer = Image.new("RGBA", large.size, (0, 0, 0, 0))
-    canvas = ImageDraw.Draw(layer)
-    stays = set(kept)
-    for position in range(grid[0] * grid[1] * TOKENS):
-        box = patch_box(position, grid, image.size)
-        if box and position not in stays:
-            left, top, right, bottom = (round(zoom * edge) for edge in box)
-            if left < large.width and top < large.height:
-                canvas.rectangle((left, top, right - 1, bottom - 1), fill=VEIL)
-    return Image.alpha_composite(large, layer).convert("RGB")
+    large = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+    return GEOMETRY.veil(large, image.size, kept, grid)
 
 
 def panel(image: Image.Image, title: str, answered: Answered) -> Image.Image:

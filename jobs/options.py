@@ -21,8 +21,8 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 
-def parser(job: Job, description: str, leave_out: Sequence[str], **defaults: Any) -> ArgumentParser:
-    """Options for every field of ``RunConfig`` but ``job`` and those in ``leave_out``."""
+def parser(job: str, description: str, leave_out: Sequence[str], **defaults: Any) -> ArgumentParser:
+    """Options of ``jobs.<job>`` for every field of ``RunConfig`` but ``job`` and those in ``leave_out``."""
     made = ArgumentParser(
         prog=f"python -m jobs.{job}",
         description=description,

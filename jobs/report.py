@@ -48,8 +48,8 @@ def advice(plan: Plan) -> str | None:
         return None
     largest = max(max(shard.groups, default=0) for shard in plan.shards)
     return (
-        f"{size(fetched)} will be read for {size(once)} of shards, as their row groups of up to {largest:,} rows are read whole "
-        f"for each unit of {plan.config.unit_rows}; rewrite them with smaller row groups, or raise unit_rows"
+        f"{size(fetched)} will be read for {size(once)} of shards, as their row groups of up to {largest:,} rows are read "
+        f"whole for each unit of {plan.config.unit_rows}; rewrite them with smaller row groups, or raise unit_rows"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,8 +82,11 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Looks at model, input and output. Raises ``ValueError`` or ``OSError``, in one line, for what can't run."""
+def make_plan(config: RunConfig, cut: Callable[[Sequence[Shard]], list[Unit]] | None = None) -> Plan:
+    """Looks at model, input and output. Raises ``ValueError`` or ``OSError``, in one line, for what can't run.
+
+    ``cut`` makes units of the shards; default: the configuration's units, of all rows.
+    """
     checkpoint = find_checkpoint(config.model, config.revision)
     _check_tiles(config, checkpoint)
     output = Storage(config.output, config.storage_options)
@@ -98,7 +102,7 @@ def make_plan(config: RunConfig) -> Plan:
         id=config.id_column,
         answer=config.answer_column,
     )
-    planned = units.plan_units(shards, config.unit_rows, config.limit)
+    planned = units.plan_units(shards, config.unit_rows, config.limit) if cut is None else cut(shards)
     if not planned:
         raise ValueError(f"input={config.input!r} holds no rows")
     whole = len(planned)

@@ -421,3 +421,29 @@ def test_an_image_over_the_limit_is_not_kept() -> None:
 
 def test_tile_counts_and_ratios_are_the_processors() -> None:
     assert all(RATIO_OF_TILES[tiles] in ratios for tiles, ratios in RATIOS_OF_TILES.items())
+
+
+@pytest.mark.parametrize("policy", [TrimmedLlama(0.2), Grid(0.5), Random(0.3)], ids=repr)
+def test_another_policy_finds_the_images_encoded(policy: Policy) -> None:
+    asked = make_prompts([Row((1,)), Row((4,)), Row((2, 1))])
+    engine = make_engine(KeepAll())
+    complete(engine, requests_of(asked))
+    engine.use(policy)
+    found = complete(engine, requests_of(asked))
+    wanted = complete(make_engine(policy), requests_of(asked))
+    assert [c.tokens for c in found] == [c.tokens for c in wanted]
+    assert [c.trim.kept.tolist() for c in found] == [c.trim.kept.tolist() for c in wanted]
+    assert (engine.statistics.images_encoded, engine.statistics.image_hits) == (4, 4)
+
+
+def test_a_policy_changes_for_nobody_under_way() -> None:
+    engine = make_engine(KeepAll())
+    future = engine.submit(make_prompts([Row((1,))])[0].request("0", 3))
+    with pytest.raises(RuntimeError, match="while requests wait or run"):
+        engine.use(Grid(0.5))
+    engine.step()
+    with pytest.raises(RuntimeError, match="while requests wait or run"):
+        engine.use(Grid(0.5))
+    drain(engine)
+    engine.use(Grid(0.5))
+    assert len(future.result().trim.kept) == TOKENS

@@ -109,10 +109,7 @@ class Engine:
         self.statistics = Statistics()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds of the device by stage: ``tower`` (with projector), ``prefill``, ``decode``."""
-        # What a sequence's segment takes of what all its features would: measured, for sequences whose images are new to the
-        # memory and for those whose images are in it.
-        # Policies that do not look at the text keep the same of an image for each of its questions, until one is seen not to.
-        self._share = {False: 1.0, True: 0.0 if policy.where == "features" else 1.0}
+        self._share = _first_guess(policy)
         # Something that should have fitted did not: no use in trying before a sequence has left.
         self._full_house = False
         self.failed: BaseException | None = None
@@ -172,6 +169,17 @@ class Engine:
                     if not sequence.future.done():
                         sequence.future.set_exception(error)
                 raise
+
+    def use(self, policy: Policy) -> None:
+        """``policy`` for every request from now on; images that are encoded already stay so.
+
+        Raises ``RuntimeError`` while requests wait or run, which were submitted under another.
+        """
+        with self._arrived:
+            if self.waiting or self.decode.running:
+                raise RuntimeError("the policy can't change while requests wait or run")
+            self.policy = self.prefill.policy = policy
+            self._share = _first_guess(policy)
 
     def wake(self) -> None:
         """Lets ``serve`` look at its ``stop``."""
@@ -530,6 +538,13 @@ class Engine:
         except RuntimeError:
             return False
         return True
+
+
+def _first_guess(policy: Policy) -> dict[bool, float]:
+    """What a sequence's segment takes of what all its features would, for sequences whose images are new to the memory and for
+    those whose images are in it; measured from then on."""
+    # Policies that do not look at the text keep the same of an image for each of its questions, until one is seen not to.
+    return {False: 1.0, True: 0.0 if policy.where == "features" else 1.0}
 
 
 def _memory_for(model: MllamaForConditionalGeneration, kv_bytes: int | Sequence[int]) -> Memory | ShardedMemory:
