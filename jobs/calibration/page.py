@@ -1,0 +1,146 @@
+"""A calibration on a page: the table, the curve, and the configuration of the K that was chosen."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.calibration.bound import lower_bound, size_that_would_show
+from jobs.calibration.run import Calibration, Point
+from jobs.report import count, size
+
+MEASURES = {
+    "exact": "texts that are equal",
+    "edit_similarity": "token-level edit similarity",
+    "chrf": "chrF",
+}
+
+
+def verdict(found: Calibration) -> str:
+    """What was found, in one or two sentences."""
+    target = found.target
+    asked = f"{target.agreement:.2%} agreement ({MEASURES[target.measure]}) at {target.confidence:.0%} confidence"
+    if found.chosen is not None:
+        (point,) = (p for p in found.points if p.k_ratio == found.chosen)
+        return (
+            f"K = {point.k_ratio:g} is the smallest that holds {asked}: {point.agreement:.2%} measured, at least "
+            f"{point.at_least:.2%}; it keeps {point.keep_fraction:.1%} of the features."
+        )
+    needed = size_that_would_show(target.agreement, target.confidence)
+    if found.effective_rows < needed:
+        most = lower_bound(1.0, found.effective_rows, target.confidence) if found.effective_rows else 0.0
+        return (
+            f"The sample is too small for {asked}: its {count(found.rows, 'row')} are worth {found.effective_rows:,.0f} "
+            f"independent ones, which show no more than {most:.2%} even if all agree. Take one that is worth {needed:,}, "
+            "or lower the target."
+        )
+    best = max(found.points, key=lambda p: p.at_least or 0.0)
+    return (
+        f"No K holds {asked}: the best, K = {best.k_ratio:g}, agrees in {best.agreement or 0:.2%}, at least "
+        f"{best.at_least or 0:.2%}. Lower the target, try larger K, take a larger sample, or keep all features."
+    )
+
+
+def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> str:
+    """The page; ``curve`` is the picture's name beside it."""
+    target = found.target
+    lines = [
+        "# Which K holds",
+        "",
+        verdict(found),
+        "",
+        f"![Agreement with all features against K and kept features]({curve})",
+        "",
+        f"| K | features kept | cross KV a row | agreement | at least, {target.confidence:.0%} | holds {target.agreement:.2%} "
+        "| prefill and decoding |",
+        "| ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        f"| all | 100.0 % | {size(found.cross_kv_bytes)} | | | | 1.00 × |",
+        *(_row(point, found) for point in found.points),
+        "",
+        *(f"- **{name}**: {said}" for name, said in conditions.items()),
+        f"- **Agreement** is with the answers of all features, row by row: {MEASURES[target.measure]}. **At least**: "
+        "Chernoff's bound (Hoeffding 1963, theorem 1), answers about one image counted as if they were one "
+        f"({count(found.rows, 'row')} worth {found.effective_rows:,.0f}). K is taken from the largest downwards, to the first "
+        "that fails, so that trying several does not make a wrong choice likelier.",
+        "- **Prefill and decoding**: seconds of the sample beside all features' own. It is for comparison: images were encoded "
+        f"once for all K ({found.tower_seconds:.1f} s, beside {found.generation_seconds:.1f} s); a run's batches are larger.",
+    ]
+    if found.times_one_run is not None:
+        lines.append(
+            f"- **Cost**: the device's seconds were {found.times_one_run:.2f} times those of the sample's run with all "
+            "features alone."
+        )
+    if any(point.given_up for point in found.points):
+        lines.append("- **Given up**: a K that could no longer hold, even if all that was left agreed, got no more rows.")
+    if found.errors:
+        lines.append(f"- **Errors**: {count(found.errors, 'row')} of {found.rows:,} could not be answered and are left out.")
+    return "\n".join(lines) + "\n"
+
+
+def _row(point: Point, found: Calibration) -> str:
+    known = point.agreement is not None and point.at_least is not None
+    kept = "–" if point.keep_fraction is None else f"{point.keep_fraction:.1%}"
+    cells = [
+        f"**{point.k_ratio:g}**" if point.k_ratio == found.chosen else f"{point.k_ratio:g}",
+        kept,
+        size(point.cross_kv_bytes),
+        f"{point.agreement:.2%}" if known else "–",
+        f"{point.at_least:.2%}" if known else "–",
+        "yes" if point.holds else f"given up after {point.rows:,}" if point.given_up else "no",
+        f"{point.generation_seconds / found.generation_seconds:.2f} ×"
+        if found.generation_seconds and not point.given_up
+        else "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def curve(found: Calibration) -> bytes:
+    """Agreement against K, with its bound and the target, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    points = [p for p in found.points if p.agreement is not None]
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "calibration", "font.family": "sans-serif", "font.size": 10}
+    with pyplot.rc_context(settings):  # type: ignore[arg-type]
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+        ks = [p.k_ratio for p in points]
+        axes.fill_between(
+            ks, [p.at_least or 0 for p in points], [p.agreement or 0 for p in points], color="#0072b2", alpha=0.2, lw=0
+        )
+        axes.plot(ks, [p.agreement or 0 for p in points], color="#0072b2", marker="o")
+        for p in points:
+            kept = "" if p.keep_fraction is None else f"{p.keep_fraction:.0%} kept"
+            axes.annotate(
+                kept, (p.k_ratio, p.agreement or 0), (0, 7), textcoords="offset points", ha="center", fontsize=8, color="#444"
+            )
+        axes.axhline(found.target.agreement, color="#d55e00", lw=1.2, ls="--")
+        axes.annotate(
+            f"target {found.target.agreement:.2%}", (1, found.target.agreement), (0, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", color="#d55e00", fontsize=9,
+        )  # fmt: skip
+        for p in points:
+            if p.k_ratio == found.chosen:
+                axes.plot([p.k_ratio], [p.agreement or 0], marker="o", ms=11, mfc="none", mec="#000", ls="")
+        axes.set_xscale("log")
+        axes.set_xticks(ks, [f"{k:g}" for k in ks])
+        axes.minorticks_off()
+        axes.set_xlabel("K, share of the features that each head picks")
+        axes.set_ylabel(f"agreement with all features; band: at least, {found.target.confidence:.0%}")
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=None))
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return out.getvalue()
+
+
+def configuration(found: Calibration, options: Mapping[str, Any]) -> str:
+    """YAML for ``--config`` of ``jobs.answer`` or ``jobs.caption``: ``options``, with the chosen K."""
+    import yaml
+
+    head = f"# {verdict(found)}\n"
+    return head + yaml.safe_dump({**options, "policy": "trimmed-llama", "k_ratio": found.chosen}, sort_keys=False)

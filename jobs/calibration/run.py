@@ -1,0 +1,253 @@
+"""A calibration, carried out: the sample's runs, and what they prove about each K."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs.calibration.bound import effective_size, lower_bound
+from jobs.calibration.sample import pick
+from pipeline import cluster, lock, record, schema
+from pipeline.config import RunConfig
+from pipeline.plan import Plan, look_again, make_plan
+from pipeline.storage import Storage
+from pipeline.units import Unit
+
+RUNS = "runs"
+REQUEST = ".run/sample.json"
+ALL = "all"
+SHARED = "images were encoded once for all of a calibration's runs: their speeds are no run's own"
+ROWS_AT_ONCE = 64
+"""Rows that an actor is given at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What is asked of a K."""
+
+    agreement: float
+    measure: str
+    """One of ``jobs.comparison.pairs.AGREEMENT``."""
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One K on the curve."""
+
+    k_ratio: float
+    rows: int
+    """Answered here and with all features."""
+    images: int
+    effective_rows: float
+    """Independent rows that they are worth; see ``bound.effective_size``."""
+    agreement: float | None
+    at_least: float | None
+    """What the agreement exceeds with the target's confidence."""
+    keep_fraction: float | None
+    cross_kv_bytes: float
+    """A row."""
+    generation_seconds: float
+    """Prefill and decoding of the sample."""
+    holds: bool
+    given_up: bool
+    """Not all of the sample was tried, as this K could no longer hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What came out. ``points`` come in descending order of K."""
+
+    target: Target
+    points: tuple[Point, ...]
+    rows: int
+    errors: int
+    """Rows with an error where all features were kept."""
+    cross_kv_bytes: float
+    generation_seconds: float
+    tower_seconds: float
+    """Of all runs together: an image is encoded once."""
+    chosen: float | None
+
+    @property
+    def effective_rows(self) -> float:
+        """Independent rows that the sample is worth, at best."""
+        return max((point.effective_rows for point in self.points), default=0.0)
+
+    @property
+    def times_one_run(self) -> float | None:
+        """The device's seconds, beside those of the run with all features alone."""
+        alone = self.tower_seconds + self.generation_seconds
+        return (alone + sum(point.generation_seconds for point in self.points)) / alone if alone else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def name_of(k_ratio: float) -> str:
+    return f"k-{k_ratio:g}"
+
+
+def plans(config: RunConfig, k_ratios: Sequence[float], rows: int, seed: int) -> dict[str, Plan]:
+    """The sample's run with all features, under ``ALL``, then one for each K, all over the same units.
+
+    ``config`` keeps all features, and its output is the calibration's folder. Raises what ``make_plan`` raises.
+    """
+    root = config.output.rstrip("/")
+    first = make_plan(replace(config, output=f"{root}/{RUNS}/{ALL}"), cut=lambda shards: pick(shards, rows, seed))
+    found = {ALL: first}
+    for k_ratio in k_ratios:
+        folder = f"{root}/{RUNS}/{name_of(k_ratio)}"
+        own = replace(first.config, policy="trimmed-llama", k_ratio=k_ratio, output=folder)
+        found[name_of(k_ratio)] = look_again(replace(first, config=own, output=Storage(folder, config.storage_options)))
+    return found
+
+
+class Hope:
+    """Which runs can still hold the target: no more rows are spent on one that could not, even if all that is left agreed.
+
+    Giving up early never passes a K that the whole sample would fail, nor fails one that it would pass.
+    """
+
+    def __init__(self, target: Target, rows: int) -> None:
+        from jobs.comparison.pairs import AGREEMENT
+
+        self.target, self.rows, self.measure = target, rows, AGREEMENT[target.measure]
+        self.disagreement: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, name: str, texts: Mapping[str, str | None], full: Mapping[str, str | None]) -> None:
+        """Takes a run's texts by id, and those of all features."""
+        for id, text in texts.items():
+            other = full.get(id)
+            if text is not None and other is not None:
+                self.disagreement[name] += 1 - float(self.measure(text, other))
+
+    def lost(self, name: str) -> bool:
+        best = max(0.0, 1 - self.disagreement[name] / self.rows)
+        return lower_bound(best, self.rows, self.target.confidence) < self.target.agreement
+
+
+def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object]) -> None:
+    """Answers what is left of all the plans, but for those whose K can't hold ``target``."""
+    hope = Hope(target, found[ALL].rows)
+    full = _resume(found, hope)
+    if not any(plan.remaining for name, plan in found.items() if not hope.lost(name)):
+        return
+    first = found[ALL]
+    patient = {name: replace(plan, output=plan.output.patient()) for name, plan in found.items()}
+    with (
+        lock.locked(patient[ALL].output, say),
+        cluster.connected(first.config.ray_address),
+        cluster.fitted(first.config, say) as resources,
+    ):
+        for plan in patient.values():
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            record.begin(plan.output, plan.record() | {"started": now, "shared": SHARED})
+        _answer(patient, resources, hope, full)
+        for plan in map(look_again, patient.values()):
+            if not plan.remaining:
+                record.write_summary(plan.output, record.summarise(record.read_markers(plan.output, plan.finished)))
+            record.clear_unfinished(plan.output)
+
+
+def _resume(found: dict[str, Plan], hope: Hope) -> dict[str, str | None]:
+    """Tells ``hope`` what an earlier start has found; the texts of all features so far, by id."""
+    from jobs.comparison.runs import read_run
+
+    texts: dict[str, dict[str, str | None]] = {ALL: {}}
+    for name, plan in found.items():
+        if plan.finished:
+            tables = read_run(plan.output, name).rows([schema.ID, schema.TEXT])
+            texts[name] = {row[schema.ID]: row[schema.TEXT] for table in tables for row in table.to_pylist()}
+        if name != ALL:
+            hope.add(name, texts.get(name, {}), texts[ALL])
+    return texts[ALL]
+
+
+def _answer(found: dict[str, Plan], resources: cluster.Resources, hope: Hope, full: dict[str, str | None]) -> None:
+    import ray
+    from ray.util import ActorPool
+
+    from jobs.calibration.actor import Asked, Calibrator
+    from pipeline.progress import Progress
+    from pipeline.sink import UnitWriter
+    from pipeline.source import UnitReader
+
+    first = found[ALL]
+    config, units = first.config, first.units
+    columns = first.columns.output(config.write_kept)
+    runs = [
+        Asked(name, plan.config, UnitWriter(plan.output, columns), frozenset(plan.finished)) for name, plan in found.items()
+    ]
+    reader = UnitReader(first.input.patient(), first.columns, first.image_roots)
+    rows = {unit.name: unit.rows for unit in units}
+    done = sum(rows[name] for plan in found.values() for name in plan.finished)
+    parts = [units[i : i + ROWS_AT_ONCE] for i in range(0, len(units), ROWS_AT_ONCE)]
+    with Progress(first.rows * len(found), done) as progress:
+        remote = ray.remote(Calibrator).options(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=2, max_task_retries=2
+        )
+        actors = [
+            remote.remote(config, first.columns, first.checkpoint, progress.report)
+            for _ in range(min(config.num_actors, len(parts)))
+        ]
+
+        def ask(actor: Any, part: list[Unit]) -> Any:
+            # Called when an actor is free: by then some K may be lost.
+            return actor.answer.remote(reader, part, [run for run in runs if not hope.lost(run.name)])
+
+        for texts in ActorPool(actors).map_unordered(ask, parts):
+            full |= texts[ALL]
+            for name in texts.keys() - {ALL}:
+                hope.add(name, texts[name], full)
+
+
+def read(found: dict[str, Plan], k_ratios: Sequence[float], target: Target) -> Calibration:
+    """What the finished runs prove."""
+    from jobs.comparison.pairs import Pairs
+    from jobs.comparison.runs import read_run
+
+    runs = {name: read_run(plan.output, name) for name, plan in found.items()}
+    points = []
+    holds = True
+    for k_ratio in sorted(k_ratios, reverse=True):
+        run = runs[name_of(k_ratio)]
+        pairs = Pairs(run, runs[ALL], (None, None), examples=0, agreements=[target.measure])
+        clusters = pairs.clusters(target.measure)
+        effective, at_least = effective_size(clusters.counts), None
+        if clusters.value is not None:
+            at_least = lower_bound(clusters.value, effective, target.confidence)
+        # From the largest K down to the first that fails: each K is only asked where those above it have passed, so that the
+        # chance of a wrong choice among all of them is no larger than that of one.
+        holds = holds and at_least is not None and at_least >= target.agreement
+        stages = run.stats["seconds_per_stage"]
+        points.append(
+            Point(
+                k_ratio=k_ratio,
+                rows=pairs.compared,
+                images=len(clusters.counts),
+                effective_rows=effective,
+                agreement=clusters.value,
+                at_least=at_least,
+                keep_fraction=run.stats["mean_keep_fraction"],
+                cross_kv_bytes=run.stats["cross_kv_bytes"] / max(1, run.answered),
+                generation_seconds=stages.get("prefill", 0.0) + stages.get("decode", 0.0),
+                holds=holds,
+                given_up=not run.complete,
+            )
+        )
+    full = runs[ALL]
+    stages = full.stats["seconds_per_stage"]
+    return Calibration(
+        target=target,
+        points=tuple(points),
+        rows=int(full.stats["rows"]),
+        errors=int(full.stats["errors"]),
+        cross_kv_bytes=full.stats["cross_kv_bytes"] / max(1, full.answered),
+        generation_seconds=stages.get("prefill", 0.0) + stages.get("decode", 0.0),
+        tower_seconds=sum(run.stats["seconds_per_stage"].get("tower", 0.0) for run in runs.values()),
+        chosen=min((point.k_ratio for point in points if point.holds), default=None),
+    )

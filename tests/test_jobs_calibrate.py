@@ -1,0 +1,183 @@
+"""``jobs.calibrate`` as it is typed, on a real local Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs import answer, calibrate, compare
+from pipeline.storage import Storage
+
+ROWS = 24
+K_RATIOS = [1.0, 0.3, 0.05]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> Path:
+    """Three questions about each of eight images, in two shards."""
+    folder = tmp_path_factory.mktemp("calibrate") / "in"
+    folder.mkdir()
+    images = [picture(100 + 40 * (i % 4), 80, seed=i) for i in range(ROWS // 3)]
+    for part in range(2):
+        rows = range(part * ROWS // 2, (part + 1) * ROWS // 2)
+        table = {
+            "image": [images[i // 3] for i in rows],
+            "question": [f"how many {'abc'[i % 3]}" for i in rows],
+            "id": [f"{i:03d}" for i in rows],
+        }
+        pq.write_table(pa.table(table), folder / f"{part}.parquet", row_group_size=5)
+    return folder
+
+
+def given(shards: Path, output: Path | str, checkpoint_folder: str, *more: str) -> list[str]:
+    wanted = ["--k-ratios", str(K_RATIOS), "--sample", str(ROWS), "--max-new-tokens", "8"]
+    return ["--input", str(shards), "--output", str(output), "--model", checkpoint_folder, *wanted, *more]
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {row["id"]: row["text"] for row in pq.read_table(folder).to_pylist()}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_calibration(
+    shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every K's answers are those of a run of its own, images go through the tower once, and the result can be used."""
+    out = tmp_path / "out"
+    arguments = given(shards, out, checkpoint_folder, "--target-agreement", "0.3", "--measure", "edit_similarity")
+    assert calibrate.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "is the smallest that holds 30.00% agreement (token-level edit similarity)" in said
+
+    found = json.loads((out / "calibration.json").read_text())
+    assert [point["k_ratio"] for point in found["points"]] == K_RATIOS
+    full = texts(out / "runs/all")
+    assert len(full) == ROWS
+    own = tmp_path / "own"
+    options = ["--input", str(shards), "--model", checkpoint_folder, "--max-new-tokens", "8"]
+    assert answer.main([*options, "--output", str(own / "all"), "--policy", "none"]) == 0
+    assert answer.main([*options, "--output", str(own / "k"), "--k-ratio", "0.3"]) == 0
+    assert full == texts(own / "all")
+    assert texts(out / "runs/k-0.3") == texts(own / "k")
+    # Equal files of several questions are one image, and other K find it there.
+    summaries = [json.loads((out / f"runs/{name}/.run/summary.json").read_text()) for name in ("all", "k-1", "k-0.3", "k-0.05")]
+    assert [s["images_encoded"] for s in summaries] == [ROWS // 3, 0, 0, 0]
+    assert found["points"][0]["agreement"] == 1.0
+    assert found["points"][0]["effective_rows"] == ROWS // 3
+
+    # The configuration is one that the jobs take.
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    assert written == {"model": checkpoint_folder, "max_new_tokens": 8, "policy": "trimmed-llama", "k_ratio": found["chosen"]}
+    more = ["--input", str(shards), "--output", str(tmp_path / "new"), "--dry-run"]
+    capsys.readouterr()
+    assert answer.main(["--config", str(out / "config.yaml"), *more]) == 0
+    assert f"k_ratio={found['chosen']:g}" in capsys.readouterr().out
+    assert (out / "curve.svg").read_text().startswith("<?xml")
+
+    # The same command again answers nothing anew.
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.parquet")}
+    assert calibrate.main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.parquet")} == before
+
+    # What is lost of it is answered again, and comes out the same.
+    lost = sorted((out / "runs/k-0.3/.run/units").iterdir())[:5] + sorted((out / "runs/all/.run/units").iterdir())[3:5]
+    for marker in lost:
+        marker.unlink()
+    again = json.loads((out / "calibration.json").read_text())
+    assert calibrate.main(arguments) == 0
+    assert all(marker.exists() for marker in lost)
+    after = json.loads((out / "calibration.json").read_text())
+    assert [p["agreement"] for p in after["points"]] == [p["agreement"] for p in again["points"]]
+
+    # Another target over the same sample costs nothing either, and one that nothing holds leaves no configuration.
+    assert calibrate.main([*given(shards, out, checkpoint_folder), "--target-agreement", "0.99"]) == 4
+    captured = capsys.readouterr()
+    assert "The sample is too small for 99.00% agreement" in captured.err
+    assert not (out / "config.yaml").exists()
+
+    assert calibrate.main([*arguments, "--sample", "12"]) == 2
+    assert "holds a calibration with {'sample': 24, 'seed': 0}, not {'sample': 12, 'seed': 0}" in capsys.readouterr().err
+
+    # Its runs can be compared like any others, with a word on their speed.
+    folders = [str(out / f"runs/{name}") for name in ("all", "k-0.3")]
+    assert compare.main([*folders, "--baseline", folders[0], "--out", str(tmp_path / "report"), "--price", "cpu=0.1"]) == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert any("their speeds are no run's own" in warning for warning in report["comparisons"][0]["warnings"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_k_that_is_given_up_gets_no_more_rows(
+    shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Captions, four rows at a time."""
+    from jobs.calibration import run
+
+    monkeypatch.setattr(run, "ROWS_AT_ONCE", 4)
+    out = tmp_path / "out"
+    more = ["--target-agreement", "0.85", "--prompt", "what is it"]
+    assert calibrate.main(given(shards, out, checkpoint_folder, *more)) in (0, 4)
+    points = json.loads((out / "calibration.json").read_text())["points"]
+    assert points[-1]["given_up"]
+    assert 4 <= points[-1]["rows"] < ROWS
+    assert points[0]["rows"] == ROWS
+    assert f"given up after {points[-1]['rows']}" in (out / "calibration.md").read_text()
+    # And none when it is called again.
+    files = len(list((out / "runs/k-0.05").glob("*.parquet")))
+    calibrate.main(given(shards, out, checkpoint_folder, *more))
+    assert len(list((out / "runs/k-0.05").glob("*.parquet"))) == files
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_calibration_on_s3(
+    shards: Path, checkpoint_folder: str, ray_cluster: str, s3: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, output = Storage("s3://bucket/calibrate in", s3), Storage("s3://bucket/calibrated", s3)
+    for shard in shards.iterdir():
+        root.write(shard.name, shard.read_bytes(), temporary="")
+    arguments = ["--input", root.url, "--output", output.url, "--storage-options", json.dumps(s3)]
+    wanted = ["--model", checkpoint_folder, "--k-ratios", "[1.0]", "--sample", "6", "--max-new-tokens", "4"]
+    assert calibrate.main([*arguments, *wanted, "--target-agreement", "0.2"]) == 0
+    assert output.names() == [".run", "calibration.json", "calibration.md", "config.yaml", "curve.svg", "runs"]
+    captured = capsys.readouterr()
+    assert s3["secret"] not in captured.out + captured.err + output.read("config.yaml").decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target-agreement", "1"], "target_agreement=1.0 must lie between 0 and 1; no sample proves 1"),
+        (["--confidence", "0"], "confidence=0.0 must lie between 0 and 1"),
+        (["--sample", "0"], "sample=0 must be at least 1"),
+        (["--k-ratios", "[]"], "k_ratios=[] must be shares"),
+        (["--k-ratios", "[0.5, 1.5]"], "must be shares above 0 and at most 1"),
+        (["--measure", "bleu"], "measure"),
+        (["--policy", "grid"], "policy"),
+        (["--input", "/no/such/place"], "input='/no/such/place' does not exist"),
+    ],
+)
+def test_refusals(
+    shards: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert calibrate.main([*given(shards, tmp_path / "out", checkpoint_folder), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused(
+    shards: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert calibrate.main(given(shards, tmp_path, checkpoint_folder)) == 2
+    assert "holds files of something else (mine.txt)" in capsys.readouterr().err
