@@ -15,6 +15,9 @@ from pipeline.storage import Storage, split_input, without
 from pipeline.units import Shard, Unit
 
 
+GEOMETRY = ("image_size", "patch_size", "max_num_tiles")
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A run, resolved."""
@@ -70,9 +73,15 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """The contents of run.json."""
+        vision = self.checkpoint.config.get("vision_config") or {}
         return {
             "config": self.config.recorded(),
-            "checkpoint": {"source": self.checkpoint.source, "identity": self.checkpoint.identity},
+            "checkpoint": {
+                "source": self.checkpoint.source,
+                "identity": self.checkpoint.identity,
+                # Where a patch lies on its image: kept positions can be drawn without the checkpoint at hand.
+                "vision_config": {name: vision[name] for name in GEOMETRY if name in vision},
+            },
             "decides": self.decides(),
             "versions": versions(),
             "shards": len(self.shards),

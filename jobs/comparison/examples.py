@@ -149,8 +149,12 @@ def _geometry(run: Run) -> Geometry | str:
     """The run's model's, or why it is not known."""
     from pipeline.model import find_checkpoint
 
+    made = run.record["checkpoint"]
     try:
-        return Geometry.of(find_checkpoint(run.record["checkpoint"]["source"], run.config.get("revision")).config)
+        if "vision_config" in made:
+            return Geometry.of(made)
+        # A run of an older version.
+        return Geometry.of(find_checkpoint(made["source"], run.config.get("revision")).config)
     except (ValueError, OSError) as error:
         return said(error)
 
