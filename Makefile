@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-table demo-picture train-demo bench bench-gpu test browser soak lint clean
+.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-picture train-demo bench bench-gpu test browser soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
@@ -27,6 +27,17 @@ demo: demo-shards ## answer 2,000 easy-VQA questions and 500 scenes, full and tr
 
 demo-shards: .venv ## write the demo's parquet shards
 	$(BIN)/python -m demo.shards --output $(OUTPUT)/shards --easy-vqa 2000 --scenes 500
+
+demo-report: demo-shards ## answer the demo's scenes with all features, three K and fewer tiles, and compare them on a page (six minutes)
+	set -e; for run in 'all --policy none' 'k-0.25 --k-ratio 0.25' 'k-0.15 --k-ratio 0.15' 'k-0.05 --k-ratio 0.05' \
+	  'tiles-2 --policy none --max-tiles 2' 'tiles-1 --policy none --max-tiles 1'; do set -- $$run; name=$$1; shift; \
+	  $(BIN)/python -m jobs.answer --input $(OUTPUT)/shards/scenes-test --output $(OUTPUT)/compared/$$name --model demo/model \
+	  --write-kept "$$@"; done
+	$(BIN)/python -m jobs.compare $(OUTPUT)/compared/* --baseline $(OUTPUT)/compared/all --price cpu=0.1 --out $(OUTPUT)/report
+
+demo-calibrate: demo-shards ## find the smallest K that holds 95 % agreement on a sample of the demo's scenes
+	$(BIN)/python -m jobs.calibrate --input $(OUTPUT)/shards/scenes-test --output $(OUTPUT)/calibration --model demo/model \
+	  --target-agreement 0.95
 
 demo-table: .venv ## measure accuracy by kind, policy and kept fraction over the whole test data (an hour; resumable)
 	$(BIN)/python -m demo.table --output demo/results
