@@ -50,6 +50,7 @@ train-demo: .venv ## train the demo model from scratch (an hour and more on CPU;
 
 bench: .venv ## measure the engine beside transformers' generate on this machine (half an hour on two idle cores)
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results
+	$(BIN)/python -m benchmarks.estimate --results benchmarks/results
 
 bench-gpu: .venv ## the same at the 11B's size on one GPU, beside its roofline; says so where there is none
 	$(BIN)/python -m benchmarks.gpu --output benchmarks/results

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.page import row
+from benchmarks.scale_run import LAST_ROWS, POINTS, WARM_ROWS
 
 FLAT = 0.2
-"""Most by which the dearest size's cost a row may exceed the cheapest's."""
+"""Most by which a further row's cost may differ, between sizes and between a run's beginning and its end."""
 FEW = 10_000
 """Rows up to which a run is over so soon that it is taken ``REPEATS`` times."""
 REPEATS = 3
@@ -22,19 +24,26 @@ def markdown(measured: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(sizes: Sequence[dict[str, Any]]) -> float:
-    """By what share the dearest size's seconds a row exceed the cheapest's, from the first file to the last."""
-    speeds = [size["rows_per_second"] for size in sizes]
-    share: float = max(speeds) / min(speeds) - 1
-    return share
+def spread(costs: Sequence[float]) -> float:
+    """By what share the dearest exceeds the cheapest."""
+    return max(costs) / min(costs) - 1
 
 
 def _goals(measured: dict[str, Any]) -> list[str]:
     sizes, paced = measured["sizes"], measured["paced"]
     lines = [row(["", "goal", "measured"]), row(["---", "---:", "---:"])]
-    if len(sizes) > 1:
-        between = f"cost of a row, dearest size over cheapest, {sizes[0]['rows']:,} to {sizes[-1]['rows']:,} rows"
-        lines.append(row([between, f"≤ +{FLAT:.0%}", f"**+{spread(sizes):.0%}**"]))
+    settled = [size for size in sizes if size["row_seconds"] is not None]
+    if len(settled) > 1:
+        between = f"{settled[0]['rows']:,} to {settled[-1]['rows']:,} rows"
+        share = spread([size["row_seconds"] for size in settled])
+        lines.append(
+            row([f"cost of a further row, dearest size over cheapest, {between}", f"≤ +{FLAT:.0%}", f"**+{share:.0%}**"])
+        )
+    if settled and settled[-1]["row_seconds_last_tenth"] is not None:
+        most = settled[-1]
+        share = most["row_seconds_last_tenth"] / most["row_seconds_first_tenth"] - 1
+        what = f"the same, last tenth of {most['rows']:,} rows over the first tenth"
+        lines.append(row([what, f"≤ +{FLAT:.0%}", f"**{share:+.0%}**"]))
     if sizes:
         most = max(size["driver_peak_bytes"] - size["driver_start_bytes"] for size in sizes) / 2**30
         lines.append(row(["driver's memory, start-up apart", f"< {DRIVER_GIB} GiB", f"**{most:.2f} GiB**"]))
@@ -49,7 +58,12 @@ def _sizes(sizes: Sequence[dict[str, Any]]) -> list[str]:
         ["rows", *(f"{size['rows']:,}" for size in sizes)],
         ["---", *("---:" for _ in sizes)],
         ["units", *(f"{size['units']:,}" for size in sizes)],
-        ["rows/s, first file to last", *(f"{size['rows_per_second']:,.0f}" for size in sizes)],
+        ["µs a further row", *(_micros(size["row_seconds"]) for size in sizes)],
+        ["  in the first tenth", *(_micros(size["row_seconds_first_tenth"]) for size in sizes)],
+        ["  in the last tenth", *(_micros(size["row_seconds_last_tenth"]) for size in sizes)],
+        ["  from the size before", "", *(_micros(cost) for cost in _between(sizes))],
+        ["start-up by the same line, s", *(_seconds(size["startup_seconds"]) for size in sizes)],
+        ["whole run, start-up and all: rows/s, first file to last", *(f"{size['rows_per_second']:,.0f}" for size in sizes)],
         ["ms a unit, first file to last", *(f"{size['seconds_per_unit'] * 1000:.1f}" for size in sizes)],
         ["CPU ms a unit, all processes", *(f"{size['cpu_seconds_per_unit'] * 1000:.1f}" for size in sizes)],
         ["  the driver's", *(f"{size['driver_cpu_seconds_per_unit'] * 1000:.1f}" for size in sizes)],
@@ -83,6 +97,10 @@ def _notes(measured: dict[str, Any]) -> list[str]:
         "Each run in a process and a Ray of its own, after a first run of 1,000 rows, for which Ray starts its workers; each "
         "id came out once. Nothing is read before the actor is up, as those rows would then seem cheap. Up to "
         f"{FEW:,} rows: the median of {REPEATS} runs.",
+        f"- **Cost of a further row**: the slope of a run's seconds over its rows, without the first {WARM_ROWS:,} and the "
+        f"last {LAST_ROWS:,}, at up to {POINTS} moments at which units' files were written, by Theil and Sen (the median of "
+        "all pairs' slopes); start-up is where that line begins, from planning's end on. From the size before: the rows "
+        "between two sizes, by the moments of their last files. A whole run has a start in it, the larger part of a small one.",
         "- **CPU** of the driver and of all of Ray, from the first file to the last; others' is what else ran on the machine "
         "meanwhile.",
         "- **Memory** is the driver process's resident set; after start-up is after that first run.",
@@ -97,6 +115,23 @@ def _notes(measured: dict[str, Any]) -> list[str]:
     if measured["left_out"]:
         lines.append(f"- **Left out**, for want of time: {', '.join(f'{rows:,}' for rows in measured['left_out'])} rows.")
     return lines
+
+
+def _between(sizes: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds a row of each size but the first, the rows of the size before it apart."""
+    ends = [size["first_row_seconds"] + size["seconds"] for size in sizes]
+    return [
+        (end - before) / (size["rows"] - other["rows"])
+        for (before, end), (other, size) in zip(pairwise(ends), pairwise(sizes), strict=True)
+    ]
+
+
+def _micros(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f}"
 
 
 def _mib(count: float) -> str:

@@ -11,8 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, combinations
 from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.conditions import ROOT
@@ -30,6 +32,17 @@ FIRST_ROWS = 1000
 """Of a run that goes before, for which Ray starts its workers."""
 SETTLED = 60.0
 """Seconds after the first batch from which on a device has to be busy."""
+
+POINTS = 200
+"""Of a run's trajectory, at most."""
+WARM_ROWS = 4000
+"""Rows after which a row costs what a further one does: while they are written, Ray starts its readers and writers."""
+LAST_ROWS = 2000
+"""Rows at the end that do not count either: they were read ahead, and only have to be answered and written."""
+TENTH_ROWS = 10_000
+"""Rows in a tenth of a run from which on its beginning and its end are compared: in a shorter one, little else is left."""
+FEW_POINTS = 8
+"""Fewer points tell nothing about a row's cost."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,6 +129,7 @@ def measure(shards: Path, output: Path, actor: str) -> dict[str, Any]:
     stats = [unit for _, unit in ends]
     first, last = ends[0][0], ends[-1][0]
     spent = usage.between(first, last)
+    points = trajectory([(moment - planned, unit["rows"]) for moment, unit in ends])
     busy = sorted((start, end) for unit in stats for start, end in unit.get("busy", []))
     return {
         "rows": plan.rows,
@@ -125,6 +139,8 @@ def measure(shards: Path, output: Path, actor: str) -> dict[str, Any]:
         "plan_seconds": planned - began,
         "first_row_seconds": first - planned,
         "first_run_first_row_seconds": first_run,
+        **marginal(points),
+        "trajectory": points,
         "seconds": last - first,
         "rows_per_second": (plan.rows - stats[0]["rows"]) / (last - first),
         "seconds_per_unit": (last - first) / (len(ends) - 1),
@@ -137,6 +153,40 @@ def measure(shards: Path, output: Path, actor: str) -> dict[str, Any]:
         "block_bytes_answered_per_image": sum(unit["block_bytes_out"] for unit in stats) / plan.rows,
         **(_paced(busy) if busy else {}),
     }
+
+
+def trajectory(units: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(seconds, rows that were written by then) from (seconds, rows) of each unit, in order.
+
+    ``POINTS`` of them at most, with the first and the last.
+    """
+    rows = list(accumulate(count for _, count in units))
+    last = len(units) - 1
+    kept = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)})
+    return [(units[i][0], rows[i]) for i in kept]
+
+
+def marginal(points: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """What a further row costs, start-up apart: the line through a trajectory without its first and its last rows.
+
+    ``row_seconds`` is its slope and ``startup_seconds`` where it begins; ``row_seconds_first_tenth`` and ``_last_tenth`` are
+    the slopes of these parts of the points. Each is None where it has too few of them.
+    """
+    settled = [point for point in points if WARM_ROWS <= point[1] <= points[-1][1] - LAST_ROWS]
+    tenth = len(settled) // 10
+    parts = {"": settled, "_first_tenth": settled[:tenth], "_last_tenth": settled[len(settled) - tenth :]}
+    if not settled or settled[-1][1] - settled[0][1] < 10 * TENTH_ROWS:
+        parts |= {"_first_tenth": [], "_last_tenth": []}
+    lines = {name: line(part) if len(part) >= FEW_POINTS else None for name, part in parts.items()}
+    slopes = {f"row_seconds{name}": found and found[1] for name, found in lines.items()}
+    return {"startup_seconds": lines[""] and lines[""][0], **slopes}
+
+
+def line(points: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Seconds at no rows, and seconds a row, by Theil and Sen: the median of all pairs' slopes. Single stalls don't move it."""
+    slopes = [(later - time) / (more - rows) for (time, rows), (later, more) in combinations(points, 2)]
+    slope = median(slopes)
+    return median(time - slope * rows for time, rows in points), slope
 
 
 def _first_run(config: RunConfig) -> float:

@@ -45,6 +45,10 @@ def connected(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A driver that was killed keeps its actors' resources reserved for this long; the default is 180 s.
     os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
+    # A task on a host that vanished without a word ends for the driver when its connection does, whatever Ray's health checks
+    # have found: with Ray's own keepalive after 5 + 2 minutes. Servers refuse pings that come more often than once a minute.
+    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
+    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "30000")
     # Ray's core tells every driver with actors that their constructors' arguments lie in the object store.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray

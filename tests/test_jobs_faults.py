@@ -19,91 +19,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from whole_jobs import ROOT, ROWS, UNIT, check, given, start, write_shard
 
+from benchmarks.soak_run import Moment, Soak, moments
 from pipeline.storage import Storage
-
-ROOT = Path(__file__).resolve().parent.parent
-ROWS = 48
-UNIT = 4
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
 def shard(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
-    table = pa.table(
-        {
-            "image": [picture(100 + 40 * (i % 4), 80, seed=i) for i in range(ROWS)],
-            "question": ["how many"] * ROWS,
-            "id": [f"{i:03d}" for i in range(ROWS)],
-        }
-    )
-    pq.write_table(table, tmp_path / "in.parquet", row_group_size=UNIT)
-    return tmp_path / "in.parquet"
-
-
-class Job:
-    """``jobs.answer`` in a process group of its own, with a Ray of its own."""
-
-    def __init__(self, shard: Path, model: str, *options: str, **environment: str) -> None:
-        self.output = shard.parent / "out"
-        # What is given again goes before what was given first.
-        given = ["--input", str(shard), "--output", str(self.output), "--model", model, "--unit-rows", str(UNIT)]
-        self.log = shard.parent / f"log-{time.monotonic_ns()}"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.answer", *given, "--max-new-tokens", "48", *options],
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def wait(self, seconds: float = 180) -> int:
-        try:
-            return self.process.wait(seconds)
-        finally:
-            # Whatever a killed driver leaves behind is in its process group.
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def wait_for_files(self, count: int, output: Storage | None = None) -> None:
-        output = output or Storage(str(self.output))
-        for _ in range(900):
-            if len([name for name in output.names() if name.endswith(".parquet")]) >= count:
-                return
-            assert self.process.poll() is None, self.said
-            time.sleep(0.1)
-        raise AssertionError(self.said)
-
-    def actors(self) -> list[int]:
-        """Processes of the job's actors that hold the model."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if "ray::MapWorker" in (folder / "cmdline").read_text() and os.getsid(int(folder.name)) == self.process.pid:
-                    found.append(int(folder.name))
-        return found
-
-
-def check(output: Path, errors: dict[str, str] | None = None) -> None:
-    """Every id once, and no errors but those whose text begins so."""
-    rows = pq.read_table(output).to_pylist()
-    assert sorted(row["id"] for row in rows) == [f"{i:03d}" for i in range(ROWS)]
-    found = {row["id"]: row["error"] for row in rows if row["error"] is not None}
-    assert found.keys() == (errors or {}).keys(), found
-    assert all(found[id].startswith(text) for id, text in (errors or {}).items()), found
-    assert list((output / ".run/unfinished").glob("*")) == []
+    return write_shard(tmp_path, picture)
 
 
 def test_an_actor_killed_in_the_middle_of_a_batch(shard: Path, checkpoint_folder: str) -> None:
-    job = Job(shard, checkpoint_folder)
+    job = start(shard, checkpoint_folder)
     job.wait_for_files(2)
     (actor,) = job.actors()
     os.kill(actor, signal.SIGKILL)
@@ -112,19 +42,19 @@ def test_an_actor_killed_in_the_middle_of_a_batch(shard: Path, checkpoint_folder
 
 
 def test_a_driver_killed_at_random_moments(shard: Path, checkpoint_folder: str) -> None:
-    draw = random.Random(0)
-    kills = int(os.environ.get("SOAK_KILLS", "2"))
-    for _ in range(kills):
-        job = Job(shard, checkpoint_folder)
-        try:
-            job.process.wait(draw.uniform(5, 14))
-        except subprocess.TimeoutExpired:
-            job.process.send_signal(signal.SIGKILL)
-        job.wait()
-    job = Job(shard, checkpoint_folder)
-    assert job.wait() == 0, job.said
+    """The short form of ``make soak``."""
+    job = given(shard, checkpoint_folder)
+    output, ends = Storage(str(shard.parent / "out")), time.monotonic() + 300
+    soak = Soak(output, job, shard.parent, last_hit=ends, ends=ends)
+    try:
+        soak.hit_drivers([Moment("starting", 0, 3.7), *moments(random.Random(0), 2, ROWS // UNIT, start_seconds=8)])
+    finally:
+        soak.end()
+    assert [hit["stage"] for hit in soak.hits] == ["starting", "working", "working"]
+    assert [hit["rows"] > 0 for hit in soak.hits] == [False, True, True]
+    assert soak.torn == 0
     # The files of killed writers are removed by whoever ends the run.
-    check(job.output)
+    check(Path(output.url))
 
 
 def test_a_driver_killed_while_it_writes_to_s3(shard: Path, checkpoint_folder: str, s3: dict[str, Any]) -> None:
@@ -132,11 +62,11 @@ def test_a_driver_killed_while_it_writes_to_s3(shard: Path, checkpoint_folder: s
     root, output = Storage("s3://bucket/kill me", s3), Storage("s3://bucket/killed out", s3)
     root.write("in.parquet", shard.read_bytes(), temporary="")
     given = ["--input", root.url, "--output", output.url, "--storage-options", json.dumps(s3)]
-    job = Job(shard, checkpoint_folder, *given)
+    job = start(shard, checkpoint_folder, *given)
     job.wait_for_files(2, output)
     job.process.kill()
     job.wait()
-    job = Job(shard, checkpoint_folder, *given)
+    job = start(shard, checkpoint_folder, *given)
     assert job.wait() == 0, job.said
     assert f"waiting up to 45 s: a run on {platform.node()}" in job.said
     assert s3["secret"] not in job.said
@@ -147,7 +77,7 @@ def test_a_driver_killed_while_it_writes_to_s3(shard: Path, checkpoint_folder: s
 
 
 def test_sigterm_ends_in_a_state_that_continues(shard: Path, checkpoint_folder: str) -> None:
-    job = Job(shard, checkpoint_folder)
+    job = start(shard, checkpoint_folder)
     job.wait_for_files(1)
     began = time.monotonic()
     job.process.terminate()
@@ -156,7 +86,7 @@ def test_sigterm_ends_in_a_state_that_continues(shard: Path, checkpoint_folder: 
     assert "the same command continues this run" in job.said
     done = len(list(job.output.glob("*.parquet")))
     assert 1 <= done < ROWS // UNIT
-    job = Job(shard, checkpoint_folder)
+    job = start(shard, checkpoint_folder)
     assert job.wait() == 0, job.said
     # SIGTERM may have met a unit between its file and its marker.
     assert re.search(rf"({done}|{done - 1}) of them finished before", job.said), job.said
@@ -237,7 +167,7 @@ def test_nodes_that_come_late_and_are_taken_away(shard: Path, checkpoint_folder:
     assert nodes.stdout is not None
     try:
         address = nodes.stdout.readline().strip()
-        job = Job(shard, checkpoint_folder, "--ray-address", address, "--wait-minutes", "2", "--gpus-per-actor", "0")
+        job = start(shard, checkpoint_folder, "--ray-address", address, "--wait-minutes", "2", "--gpus-per-actor", "0")
         while "waiting up to 2 minutes for the cluster to grow: num_actors=1" not in job.said:
             assert job.process.poll() is None, job.said
             time.sleep(0.1)
@@ -254,9 +184,9 @@ def test_nodes_that_come_late_and_are_taken_away(shard: Path, checkpoint_folder:
 
 
 def test_a_second_run_into_one_folder_is_refused(shard: Path, checkpoint_folder: str) -> None:
-    first = Job(shard, checkpoint_folder)
+    first = start(shard, checkpoint_folder)
     first.wait_for_files(1)
-    second = Job(shard, checkpoint_folder)
+    second = start(shard, checkpoint_folder)
     assert second.wait() == 2, second.said
     assert f"is being written by a run on {platform.node()} (process {first.process.pid}, since" in second.said
     assert first.wait() == 0, first.said
@@ -292,7 +222,7 @@ def test_a_row_that_always_kills_its_actor_is_left_out(shard: Path, checkpoint_f
     questions = ["poison" if i == 21 else "how many" for i in range(ROWS)]
     table = table.set_column(1, "question", pa.array(questions))
     pq.write_table(table, shard, row_group_size=UNIT)
-    job = Job(shard, checkpoint_folder, "--max-error-rate", "0.5", PYTHONPATH=f"{poison}{os.pathsep}{ROOT}")
+    job = start(shard, checkpoint_folder, "--max-error-rate", "0.5", PYTHONPATH=f"{poison}{os.pathsep}{ROOT}")
     assert job.wait(240) == 0, job.said
     check(job.output, {"021": "left out, as the actor died each time"})
     kinds = json.loads((job.output / ".run/summary.json").read_text())["error_kinds"]

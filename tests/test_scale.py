@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import scale, scale_run
 from benchmarks.scale_page import markdown, spread
-from benchmarks.scale_run import busy_share, measure, write_shards
+from benchmarks.scale_run import POINTS, busy_share, line, marginal, measure, trajectory, write_shards
 from benchmarks.usage import Look, Usage, look, memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +58,51 @@ def test_usage_sees_this_process() -> None:
     assert memory("VmHWM") >= memory("VmRSS") > 2**20
 
 
+def a_run(units: int, startup: float, row_seconds: float, ramp: float) -> list[tuple[float, int]]:
+    """(seconds, rows) of units of 250 rows, of which the first 16 take ``ramp`` seconds more each."""
+    took = [250 * row_seconds + ramp * (i < 16) for i in range(units)]
+    return [(startup + sum(took[: i + 1]), 250) for i in range(units)]
+
+
+def test_a_trajectory_has_the_first_and_the_last_moment_and_few_between() -> None:
+    assert trajectory([(1.0, 250), (1.5, 100)]) == [(1.0, 250), (1.5, 350)]
+    points = trajectory(a_run(4000, 5.0, 0.0001, 0.0))
+    assert len(points) == POINTS
+    assert points[0] == (pytest.approx(5.025), 250)
+    assert points[-1] == (pytest.approx(105.0), 1_000_000)
+    assert points == sorted(points)
+
+
+def test_a_line_is_not_moved_by_stalls() -> None:
+    points = [(3 + 0.5 * rows + (40 if rows == 7 else 0), rows) for rows in range(20)]
+    assert line(points) == (pytest.approx(3.0), pytest.approx(0.5))
+
+
+def test_a_slow_start_counts_as_start_up_and_not_for_a_further_row() -> None:
+    small, large = (marginal(trajectory(a_run(units, 5.0, 0.0001, 0.1))) for units in (40, 4000))
+    assert small["row_seconds"] == pytest.approx(0.0001)
+    assert large["row_seconds"] == pytest.approx(0.0001)
+    assert small["startup_seconds"] == pytest.approx(5 + 1.6)
+    assert small["row_seconds_first_tenth"] is small["row_seconds_last_tenth"] is None
+    assert large["row_seconds_last_tenth"] == pytest.approx(large["row_seconds_first_tenth"])
+
+
+def test_rows_that_grow_dearer_show_in_the_last_tenth() -> None:
+    times = [(5 + 0.03 * i + 0.000005 * i * i, 250) for i in range(4000)]
+    found = marginal(trajectory(times))
+    assert found["row_seconds_last_tenth"] > 1.8 * found["row_seconds_first_tenth"]
+
+
+def test_rows_that_were_read_ahead_do_not_make_a_short_run_cheap() -> None:
+    times = a_run(40, 5.0, 0.0001, 0.0)
+    times[32:] = [(times[31][0] + 0.001 * i, 250) for i in range(8)]
+    assert marginal(trajectory(times))["row_seconds"] == pytest.approx(0.0001)
+
+
+def test_a_run_of_a_few_units_has_no_line() -> None:
+    assert set(marginal(trajectory(a_run(20, 5.0, 0.0001, 0.1))).values()) == {None}
+
+
 # ---- page -------------------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +116,11 @@ def a_size(rows: int, speed: float) -> dict[str, Any]:
         "first_row_seconds": 7.25,
         "first_run_first_row_seconds": 9.5,
         "seconds": rows / speed,
+        "row_seconds": 1 / speed,
+        "row_seconds_first_tenth": 0.9 / speed if rows > 10_000 else None,
+        "row_seconds_last_tenth": 1.08 / speed if rows > 10_000 else None,
+        "startup_seconds": 6.5,
+        "trajectory": [[7.25, 250]],
         "rows_per_second": speed,
         "seconds_per_unit": 250 / speed,
         "cpu_seconds_per_unit": 0.04,
@@ -101,10 +151,16 @@ def a_result() -> dict[str, Any]:
 
 def test_the_page_has_goals_sizes_and_conditions() -> None:
     page = markdown(a_result())
-    assert "| cost of a row, dearest size over cheapest, 10,000 to 100,000 rows | ≤ +20% | **+25%** |" in page
+    assert "| cost of a further row, dearest size over cheapest, 10,000 to 100,000 rows | ≤ +20% | **+25%** |" in page
+    assert "| the same, last tenth of 100,000 rows over the first tenth | ≤ +20% | **+20%** |" in page
+    assert "| µs a further row | 200.0 | 250.0 |" in page
+    assert "|   in the first tenth |  | 225.0 |" in page
+    # 25 and 2 seconds, 90,000 rows apart.
+    assert "|   from the size before |  | 255.6 |" in page
+    assert "| start-up by the same line, s | 6.5 | 6.5 |" in page
     assert "| driver's memory, start-up apart | < 1.5 GiB | **0.50 GiB** |" in page
     assert "| engine of 50 ms a batch of 8, busy after the first minute | ≥ 95% | **98.7%** |" in page
-    assert "| rows/s, first file to last | 5,000 | 4,000 |" in page
+    assert "| whole run, start-up and all: rows/s, first file to last | 5,000 | 4,000 |" in page
     assert "| bytes through the object store an image | 2,100 | 2,100 |" in page
     assert "A CPU, 2 cores" in page
     assert "commit abc" in page
@@ -112,7 +168,8 @@ def test_the_page_has_goals_sizes_and_conditions() -> None:
 
 
 def test_the_page_of_a_run_that_had_time_for_little() -> None:
-    assert spread([a_size(10_000, 5000.0)]) == 0
+    assert spread([0.1]) == 0
+    assert spread([0.1, 0.11, 0.105]) == pytest.approx(0.1)
     page = markdown(a_result() | {"sizes": [a_size(10_000, 5000.0)], "paced": None, "left_out": []})
     assert "dearest" not in page
     assert "busy" not in page
@@ -153,6 +210,9 @@ def test_two_thousand_rows_come_out_once_each(tmp_path: Path, monkeypatch: pytes
     assert (found["rows"], found["shards"], found["units"]) == (2000, 2, 9)
     assert min(found["first_row_seconds"], found["first_run_first_row_seconds"]) > 0
     assert found["rows_per_second"] > 0
+    assert [rows for _, rows in found["trajectory"]][-1] == 2000
+    assert found["trajectory"][0][0] == found["first_row_seconds"]
+    assert found["row_seconds"] is None
     assert found["cpu_seconds_per_unit"] > found["driver_cpu_seconds_per_unit"] > 0
     assert found["driver_peak_bytes"] >= found["driver_start_bytes"] > 2**20
     assert found["block_bytes_read_per_image"] > 1000 > found["block_bytes_answered_per_image"] > 50

@@ -1,0 +1,135 @@
+"""From a job, an engine and a machine to seconds by stage, GPU hours and dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jobs.estimation.job import Job
+from jobs.estimation.machine import Machine, Time
+from jobs.estimation.schedule import SLOT_GRAIN, STAGES, Call, Engine, Stage
+from trimming.costs import Costs
+
+SPANS = 3
+"""The steady state is taken over so many times the rows that run at once, after as many for the slots to fill and mix."""
+LEAST_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a job comes to with one kept fraction. ``actors`` are copies of the model."""
+
+    keep: float
+    largest: int
+    """Rows that decode at once: what fits, up to the batch size."""
+    fits: int
+    """Rows that the memory for keys and values holds, whatever the batch size."""
+    mean_batch: float
+    stages: dict[Stage, Time]
+    """Of one actor, for 1,000 images."""
+    kv_per_row: float
+    """Bytes of a row's slot and kept set, at the mean of tiles."""
+    hours: float
+    """Of all GPUs together, or on a CPU of all actors."""
+    days: float
+    """On all GPUs at once."""
+    images_per_second: float
+    """Per GPU, or on a CPU per actor."""
+    dollars: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Of one actor, for 1,000 images."""
+        return sum(time.seconds for time in self.stages.values())
+
+
+def predict(
+    job: Job,
+    costs: Costs,
+    machine: Machine,
+    *,
+    keep: float,
+    kv_bytes: float,
+    gpus: int,
+    gpus_per_actor: int = 1,
+    price: float | None = None,
+) -> Prediction:
+    """``gpus`` are shared out between actors of ``gpus_per_actor`` each, of which one works at a time."""
+    engine = Engine(
+        costs=costs,
+        kv_bytes=kv_bytes,
+        max_sequences=job.batch_size,
+        shared=keep == 1,
+        tower_tiles=job.tower_tiles,
+        encode_once=job.image_cache,
+    )
+    calls = steady(job, engine, keep)
+    stages = _per_thousand(job, machine, calls)
+    seconds = sum(time.seconds for time in stages.values()) / 1000
+    steps = [call.rows for call in calls if call.stage == "decode"]
+    hours = job.images * seconds * gpus_per_actor / 3600
+    slot = -(-(max(1, round(job.prompt)) + job.longest) // SLOT_GRAIN) * SLOT_GRAIN
+    # Rows about one image share its cache where everything is kept.
+    sets = job.mean_tiles * costs.tokens * keep / (job.questions if engine.shared else 1)
+    held = costs.kv_bytes(slot, round(sets))
+    return Prediction(
+        keep=keep,
+        largest=max(steps, default=1),
+        fits=int(kv_bytes // held),
+        mean_batch=sum(steps) / len(steps) if steps else 1.0,
+        stages=stages,
+        kv_per_row=held,
+        hours=hours,
+        days=hours / gpus / 24,
+        images_per_second=1 / seconds / gpus_per_actor,
+        dollars=None if price is None else hours * price,
+    )
+
+
+def steady(job: Job, engine: Engine, keep: float) -> list[Call]:
+    """The calls of a job in its middle, when slots are full and rows are at all stages of their lives."""
+    few = job.rows(LEAST_ROWS, keep, engine.costs.tokens)
+    running = max(1, max(engine.largest(row) for row in few))
+    if engine.shared:
+        # Those of one image share its cache, so more of them fit.
+        running = min(engine.max_sequences, int(running * job.questions))
+    count = max(LEAST_ROWS, 2 * SPANS * running)
+    rows = job.rows(min(count, round(job.images * job.questions) or 1), keep, engine.costs.tokens)
+    calls = list(engine.calls(rows))
+    if len(rows) < count:
+        # A job so small has no middle.
+        return calls
+    return _middle(calls, len(rows))
+
+
+def _middle(calls: list[Call], rows: int) -> list[Call]:
+    """From when half of the rows have begun to when the last has."""
+    begun, first, last = 0, 0, len(calls)
+    for place, call in enumerate(calls):
+        if call.stage == "prefill":
+            begun += call.rows
+            if begun <= rows // 2:
+                first = place + 1
+            if begun == rows:
+                last = place
+    return calls[first:last]
+
+
+def _per_thousand(job: Job, machine: Machine, calls: Iterable[Call]) -> dict[Stage, Time]:
+    """Each stage by what it works at: the tower by images, prefill by rows, decode by tokens. So a piece of a run that has
+    begun more rows than it has ended makes no odds."""
+    by_stage: dict[Stage, list[Call]] = {stage: [] for stage in STAGES}
+    for call in calls:
+        by_stage[call.stage].append(call)
+    rows = 1000 * job.questions
+    wanted: dict[Stage, float] = {
+        "tower": 1000.0 if job.image_cache else rows,
+        "prefill": rows,
+        # Each answer's first token is the prefill's.
+        "decode": rows * (job.output - 1),
+    }
+    found = {}
+    for stage, taken in by_stage.items():
+        done = sum(call.rows for call in taken)
+        found[stage] = machine.time(taken) * (wanted[stage] / done) if done else Time()
+    return found

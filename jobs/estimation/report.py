@@ -1,0 +1,246 @@
+"""An estimate as one dict: what was asked, what was assumed, and both predictions, unrounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.estimation import gpus, job, machine, models
+from jobs.estimation.gpus import Gpu
+from jobs.estimation.job import Job
+from jobs.estimation.machine import Machine
+from jobs.estimation.measured import Measured, read
+from jobs.estimation.predict import Prediction, predict
+from jobs.estimation.schedule import STAGES, Stage
+from trimming.costs import Costs
+
+Report = dict[str, Any]
+ERRORS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "estimate.json"
+"""The model's errors on measured runs: a file of the repository, which an installed package lacks."""
+DEFAULT_K = 0.25
+CPU_ACTORS = "actors"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the job is to run."""
+
+    machine: Machine
+    gpu: Gpu | None
+    """None: the CPU of the measured run."""
+    calibration: str
+    shares: Mapping[Stage, float] | None
+    """Shares of the roofline by stage; None on a CPU."""
+
+
+def build(given: Mapping[str, Any]) -> Report:
+    """The estimate for the command line's options. Raises ``ValueError`` and ``OSError``, in one line, for what is refused."""
+    _check(given)
+    run = read(given["from"], given["storage_options"]) if given["from"] else None
+    place = _place(given, run)
+    model = given["model"] or (run.model if run else None)
+    if model is None:
+        raise ValueError("model=None: state --model 11b, 90b, or a folder or hub name; or --from a run, whose model is taken")
+    config = models.config_of(model, given["revision"])
+    costs = Costs(config, run.itemsize if run and place.gpu is None else 2)
+    asked, said = _job(given, run, config.vision_config.max_num_tiles)
+    length, most = asked.prompt + asked.longest, config.text_config.max_position_embeddings
+    if length > most:
+        raise ValueError(f"prompt_tokens and max_new_tokens together are {length:g}, over the model's {most}")
+    keep, k_ratio, why = _keep(given, run, models.size_of(config))
+    room = _room(given, run, place, costs)
+    dear: dict[str, Any] = {
+        "kv_bytes": room,
+        "gpus": given["gpus"],
+        "gpus_per_actor": given["gpus_per_actor"],
+        "price": given["price"],
+    }
+    full = predict(asked, costs, place.machine, keep=1.0, **dear)
+    trimmed = predict(asked, costs, place.machine, keep=keep, **dear)
+    gpu = place.gpu
+    return {
+        "model": model,
+        "hardware": place.machine.title,
+        "unit": CPU_ACTORS if gpu is None else "GPUs",
+        "gpu": None if gpu is None else asdict(gpu),
+        "gpus": given["gpus"],
+        "gpus_per_actor": given["gpus_per_actor"],
+        "price": given["price"],
+        "weights_bytes": sum(costs.weights.values()),
+        "kv_bytes": room,
+        "job": asdict(asked) | {"mean_tiles": asked.mean_tiles},
+        "job_from": said,
+        "k_ratio": k_ratio,
+        "keep": keep,
+        "keep_from": why,
+        "calibration": place.calibration,
+        "roofline_shares": None if place.shares is None else dict(place.shares),
+        "rates": {
+            stage: {
+                "operations_per_second": _finite(place.machine.operations[stage]),
+                "bytes_per_second": _finite(place.machine.bytes[stage]),
+            }
+            for stage in STAGES
+        },
+        "rates_add_up": place.machine.adds,
+        "run": None
+        if run is None
+        else {
+            "name": run.name,
+            "device": run.device,
+            "busy": run.busy,
+            "mean_batch": run.mean_batch,
+            "like": "full" if run.keep == 1 else "trimmed",
+        },
+        "full": _prediction(full),
+        "trimmed": _prediction(trimmed),
+        "errors": errors(),
+    }
+
+
+def errors() -> dict[str, Any] | None:
+    """The largest errors that ``benchmarks.estimate`` found, by stage and of all together; None where its file is missing."""
+    try:
+        found = json.loads(ERRORS.read_text())
+    except FileNotFoundError:
+        return None
+    return {
+        "largest": found["largest_error"],
+        "runs": len(found["predicted"]),
+        "hardware": found["hardware"],
+        "gpu": found["gpu"],
+    }
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    images = given["images"]
+    if images < 1 or images != int(images):
+        raise ValueError(f"images={images:g} must be a whole number of at least 1, such as 10e6")
+    if given["gpus"] < 1 or given["gpus_per_actor"] < 1:
+        raise ValueError(f"gpus={given['gpus']} and gpus_per_actor={given['gpus_per_actor']} must be at least 1")
+    if given["gpus"] % given["gpus_per_actor"]:
+        raise ValueError(f"gpus={given['gpus']} is no multiple of gpus_per_actor={given['gpus_per_actor']}; some would be idle")
+    for name in ("price", "image_cache_gib"):
+        if given[name] is not None and not 0 <= given[name] < float("inf"):
+            raise ValueError(f"{name}={given[name]} must not be negative")
+    for name in ("gpu_memory", "gpu_bandwidth", "gpu_rate", "kv_gib"):
+        if given[name] is not None and not 0 < given[name] < float("inf"):
+            raise ValueError(f"{name}={given[name]} must be positive")
+    if given["max_tiles"] is not None and given["max_tiles"] < 1:
+        raise ValueError(f"max_tiles={given['max_tiles']} must be at least 1")
+    if given["k_ratio"] is not None and given["keep"] is not None:
+        raise ValueError(f"k_ratio={given['k_ratio']} and keep={given['keep']}: state one; a K's kept fraction is looked up")
+    for name in ("k_ratio", "keep"):
+        if given[name] is not None and not 0 < given[name] <= 1:
+            raise ValueError(f"{name}={given[name]} must lie in (0, 1]")
+
+
+def _place(given: Mapping[str, Any], run: Measured | None) -> Place:
+    own = {name: given[f"gpu_{name}"] for name in ("memory", "bandwidth", "rate")}
+    stated = [name for name, value in own.items() if value is not None]
+    if stated and given["gpu"]:
+        raise ValueError(f"gpu={given['gpu']!r} is in the table; drop --gpu-{stated[0]}, or --gpu")
+    if stated and len(stated) < 3:
+        missing = next(name for name in own if name not in stated)
+        raise ValueError(f"gpu_{missing}=None: a GPU that the table lacks needs --gpu-memory, --gpu-bandwidth and --gpu-rate")
+    gpu = gpus.find(given["gpu"]) if given["gpu"] else None
+    if stated:
+        gpu = Gpu("the stated GPU", own["memory"] * 1e9, own["bandwidth"] * 1e9, own["rate"] * 1e12, "stated")
+    if run is not None and run.gpu is None:
+        if gpu is not None:
+            raise ValueError(f"from={run.name!r} ran on {run.device}, which says nothing of a GPU; drop --gpu, or --from")
+        fitted = run.machine(Costs(models.config_of(run.model), run.itemsize))
+        return Place(fitted, None, f"this CPU's rates, fitted to {run.name}", None)
+    gpu = gpu or (run.gpu if run else None)
+    if gpu is None:
+        raise ValueError(f"gpu=None: name one ({', '.join(gpus.GPUS)}), or give --gpu-memory, --gpu-bandwidth and --gpu-rate")
+    if run is None:
+        said = "not calibrated: assumed shares of the data sheet's peaks"
+        return Place(machine.roofline(gpu.title, gpu.rate, gpu.bandwidth, machine.ASSUMED), gpu, said, machine.ASSUMED)
+    shares = run.shares(Costs(models.config_of(run.model), run.itemsize))
+    said = f"shares of the peaks that {run.name} reached on {run.device}"
+    return Place(machine.roofline(gpu.title, gpu.rate, gpu.bandwidth, shares), gpu, said, shares)
+
+
+def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job, dict[str, str]]:
+    """The job, and where each of its figures is from."""
+    said: dict[str, str] = {}
+
+    def taken(name: str, of_run: Any, default: Any) -> Any:
+        if given[name] is not None:
+            said[name] = "stated"
+            return given[name]
+        said[name] = "default" if run is None else "the run's"
+        return default if run is None else of_run
+
+    tiles = taken("tiles", run and run.tiles, job.DEFAULT_TILES)
+    if isinstance(tiles, str):
+        tiles = job.read_tiles(tiles, most)
+    output = taken("output_tokens", run and run.output, job.DEFAULT_OUTPUT)
+    stated_output = given["output_tokens"] is not None
+    longest = taken("max_new_tokens", None if stated_output else run and run.longest, None)
+    if longest is None:
+        said["max_new_tokens"] = "twice the mean"
+        longest = max(2, round(2 * output))
+    made = Job(
+        images=int(given["images"]),
+        questions=taken("questions", run and run.questions, 1),
+        tiles=job.cut(tiles, given["max_tiles"]),
+        prompt=taken("prompt_tokens", run and run.prompt, job.DEFAULT_PROMPT),
+        output=output,
+        longest=longest,
+        batch_size=taken("batch_size", run and run.batch_size, 256),
+        tower_tiles=taken("tower_tiles", run and run.tower_tiles, "all"),
+        image_cache=given["image_cache_gib"] > 0,
+    )
+    return made, said
+
+
+def _keep(given: Mapping[str, Any], run: Measured | None, size: str | None) -> tuple[float, float | None, str]:
+    """The kept fraction, its K where there is one, and how it is known."""
+    if given["keep"] is not None:
+        return given["keep"], None, "stated"
+    if run is not None and run.keep < 1 and run.k_ratio is None and given["k_ratio"] is None:
+        return run.keep, None, "measured by the run"
+    learned = {run.k_ratio: run.keep} if run is not None and run.k_ratio is not None else {}
+    k_ratio = given["k_ratio"] or next(iter(learned), DEFAULT_K)
+    if k_ratio in learned:
+        return learned[k_ratio], k_ratio, "measured by the run at this K"
+    published = models.PUBLISHED.get(size or "", {})
+    if learned:
+        return models.keep_fraction(k_ratio, learned), k_ratio, "from the run's kept fraction at its own K, by the curve"
+    kept = models.keep_fraction(k_ratio, published)
+    if k_ratio in published or k_ratio == 1:
+        return kept, k_ratio, f"published for the {size}, arXiv 2504.00557; your data decide"
+    return kept, k_ratio, f"on a curve through the {size}'s published points, arXiv 2504.00557; your data decide"
+
+
+def _room(given: Mapping[str, Any], run: Measured | None, place: Place, costs: Costs) -> float:
+    stated = None if given["kv_gib"] is None else given["kv_gib"] * 2**30
+    if place.gpu is None:
+        assert run is not None
+        return stated or run.kv_bytes
+    count = given["gpus_per_actor"]
+    cache = given["image_cache_gib"] * 2**30
+    room = job.kv_room(place.gpu.memory, count, sum(costs.weights.values()), cache)
+    if stated is not None and stated > room:
+        raise ValueError(
+            f"kv_gib={given['kv_gib']:g} is over the {room / 2**30:.1f} GiB that {count} × {place.gpu.title} leave"
+        )
+    return stated or room
+
+
+def _prediction(made: Prediction) -> Report:
+    return asdict(made) | {
+        "stages": {
+            stage: asdict(time) | {"bound": time.bound, "bound_share": time.bound_share} for stage, time in made.stages.items()
+        },
+        "seconds": made.seconds,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value

@@ -1,0 +1,116 @@
+"""The model held against ``make bench``: the committed page is what the code makes of the committed measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import estimate
+from benchmarks.estimate import GOAL, cpu_runs, gpu_runs, markdown, result
+from jobs.estimation.schedule import STAGES
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def cpu() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "cpu.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def gpu() -> dict[str, Any] | None:
+    path = RESULTS / "gpu.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def found(cpu: dict[str, Any], gpu: dict[str, Any] | None) -> dict[str, Any]:
+    return result(cpu, gpu)
+
+
+def test_the_committed_files_are_what_the_code_computes(found: dict[str, Any]) -> None:
+    assert json.loads((RESULTS / "estimate.json").read_text()) == json.loads(json.dumps(found))
+    assert (RESULTS / "estimate.md").read_text() == markdown(found)
+
+
+def test_every_stage_of_every_predicted_run_is_within_the_goal(found: dict[str, Any]) -> None:
+    assert len(found["predicted"]) == 9
+    for name, run in found["predicted"].items():
+        for stage in STAGES:
+            assert abs(run["stages"][stage]["error"]) < GOAL, (name, stage)
+        assert abs(run["together"]["error"]) < GOAL, name
+
+
+def test_the_run_that_calibrates_is_not_among_those_predicted(found: dict[str, Any]) -> None:
+    assert found["calibration"] not in found["predicted"]
+    assert found["calibration"] not in found["calibrated_elsewhere"]
+
+
+def test_nothing_predicted_is_fitted_to(cpu: dict[str, Any], found: dict[str, Any]) -> None:
+    """Other measurements of the predicted runs leave the predictions as they are."""
+    other = json.loads(json.dumps(cpu))
+    for workload in ("captioning", "questions", "four_tiles"):
+        for name, contender in other[workload]["contenders"].items():
+            if f"{workload}, {name}" in found["predicted"]:
+                for stage in STAGES:
+                    contender[f"{stage}_seconds"] *= 3
+    for name, run in result(other, None)["predicted"].items():
+        for stage in STAGES:
+            was = found["predicted"][name]["stages"][stage]
+            assert run["stages"][stage]["predicted"] == was["predicted"]
+            assert run["stages"][stage]["measured"] == pytest.approx(3 * was["measured"], rel=1e-4)
+
+
+def test_the_schedule_makes_the_steps_that_were_counted(found: dict[str, Any]) -> None:
+    for name, run in found["predicted"].items():
+        assert run["peak_sequences"]["predicted"] == run["peak_sequences"]["measured"], name
+        assert run["decode_steps"]["predicted"] == pytest.approx(run["decode_steps"]["measured"], rel=0.1), name
+
+
+def test_a_benchmark_that_has_changed_is_refused(cpu: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"output tokens in cpu\.json"):
+        cpu_runs({**cpu, "captioning": {**cpu["captioning"], "output_tokens": 1}})
+    with pytest.raises(ValueError, match="no model of the benchmarks"):
+        cpu_runs({**cpu, "conditions": {**cpu["conditions"], "model": {"hidden": 1, "layers": 1}}})
+
+
+def test_a_gpus_table_is_taken_as_soon_as_there_is_one(cpu: dict[str, Any]) -> None:
+    """Of the form that ``benchmarks.gpu`` writes; its seconds are a model's own, slowed down, so that the error is known."""
+    rates = {"matmul_operations_per_second": 800e12, "copy_bytes_per_second": 4e12}
+    conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "NVIDIA H200", "rates": rates}
+    counted = {"decode_steps": 95, "peak_sequences": 24}
+    contenders = {
+        name: {**{f"{stage}_seconds": 1.0 for stage in STAGES}, "keep_fraction": keep, **counted}
+        for name, keep in (("engine", 1.0), ("engine, trimmed", 0.5))
+    }
+    gpu = {"conditions": conditions, "captioning": {"images": 24, "contenders": contenders}}
+    runs = gpu_runs(gpu)
+    assert [run.name for run in runs] == ["captioning, engine", "captioning, engine, trimmed"]
+    from jobs.estimation.machine import roofline
+
+    true = roofline("it", 800e12, 4e12, {"tower": 0.5, "prefill": 0.4, "decode": 0.6})
+    for run, contender in zip(runs, contenders.values(), strict=True):
+        for stage, time in true.by_stage(run.calls).items():
+            contender[f"{stage}_seconds"] = time.seconds
+    contenders["engine, trimmed"]["decode_seconds"] *= 1.25
+    made = result(cpu, gpu)
+    assert made["gpu"]["roofline_shares"] == pytest.approx({"tower": 0.5, "prefill": 0.4, "decode": 0.6})
+    stages = made["gpu"]["predicted"]["captioning, engine, trimmed"]["stages"]
+    assert [stages[stage]["error"] for stage in STAGES] == pytest.approx([0, 0, -0.2], abs=1e-3)
+    assert "NVIDIA H200" in markdown(made)
+
+
+def test_a_gpu_table_without_captions_says_nothing(cpu: dict[str, Any]) -> None:
+    conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "it", "rates": {}}
+    assert result(cpu, {"conditions": conditions})["gpu"] is None
+
+
+def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cpu.json").write_text((RESULTS / "cpu.json").read_text())
+    assert estimate.main(["--results", str(tmp_path)]) == 0
+    assert (tmp_path / "estimate.md").read_text() == capsys.readouterr().out.removesuffix("\n")
+    assert json.loads((tmp_path / "estimate.json").read_text())["goal"] == GOAL

@@ -1,0 +1,309 @@
+"""The command as it is typed: options, refusals, exit codes, what it prints, and calibration by runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import digest, write_run
+
+from jobs import estimate
+from jobs.estimation import report
+from jobs.estimation.machine import Machine, roofline
+from jobs.estimation.measured import read
+from jobs.estimation.models import config_of
+from jobs.estimation.schedule import STAGES, Stage
+from pipeline.storage import Storage
+from trimming.costs import Costs
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "demo" / "model")
+H100 = ("--images", "10e6", "--gpu", "h100", "--model", "11b")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = estimate.main(arguments)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def built(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What ``--json`` writes."""
+    file = tmp_path / "estimate.json"
+    assert estimate.main([*arguments, "--json", str(file)]) == 0
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def measured(folder: Path, machine: Machine, costs: Costs, **given: Any) -> None:
+    """A run of 64 rows, two about each image, whose stages took what they take on ``machine``."""
+    rows = [
+        {
+            "id": str(i),
+            "image_digest": digest(str(i // 2)),
+            "tiles": 1 + i // 2 % 2,
+            "visual_tokens": (1 + i // 2 % 2) * costs.tokens,
+            "keep_fraction": given.get("keep", 1.0),
+            "prompt_tokens": 12,
+            "output_tokens": 2 + i % 7,
+        }
+        for i in range(64)
+    ]
+    tokens = sum(int(row["output_tokens"]) - 1 for row in rows)
+    options: dict[str, Any] = {
+        "config": given.get("policy", {"policy": "trimmed-llama", "k_ratio": 0.25}) if "keep" in given else {},
+        "device": given.get("device", "CPU, 2 threads"),
+        "dtype": given.get("dtype", "float32"),
+        "run": {"checkpoint": {"source": given.get("model", DEMO), "identity": "it"}},
+        "unit_rows": 64,
+    }
+    stats = {"decode_steps": 10, "decode_tokens": tokens, "peak_sequences": 40, "actor_seconds": given.get("actor_seconds")}
+    write_run(folder, rows, stats=stats, **options)
+    times = machine.by_stage(read(str(folder), {}).calls(costs))
+    seconds = {stage: times[stage].seconds for stage in STAGES}
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "lock":
+            file.unlink()
+    write_run(folder, rows, stats=stats, seconds=seconds, **options)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once() -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.estimate", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert time.monotonic() - began < 4
+    assert done.returncode == 0
+    for option in ("--images", "--gpu", "--k-ratio", "--tiles", "--from", "--price", "--json", "--gpus-per-actor"):
+        assert option in done.stdout
+
+
+def test_importing_does_nothing() -> None:
+    code = (
+        "import sys, jobs.estimate, jobs.estimation.gpus; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *H100, "--k-ratio", "0.25", "--gpus", "8", "--price", "2.5")
+    assert (code, err) == (0, "")
+    for said in (
+        "10,000,000 images, 1 question each (default); 11b on 8 × NVIDIA H100 SXM",
+        "K = 0.25 keeps 61.5% of the features (published for the 11b",
+        "80 GB, 3,350 GB/s, 989.5 TFLOP/s in bf16 (NVIDIA H100 Tensor Core GPU data sheet (2023))",
+        "not calibrated: assumed shares of the data sheet's peaks (tower 50%, prefill 50%, decode 60%)",
+        "s per 1,000 images, tower",
+        "images/s per GPU",
+        "days on 8 GPUs",
+        "dollars, at $2.5 an hour",
+        "where the time goes",
+        "this is a model: ",
+        "largest error on the 9 measured runs",
+    ):
+        assert said in out
+    assert "####" in out
+    assert max(len(line) for line in out.splitlines()[:-2]) < 128
+
+
+def test_without_a_price_there_are_no_dollars(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, *H100)
+    assert "$" not in out
+    assert "No dollars: state --price" in out
+
+
+def test_json_is_unrounded_and_adds_up(tmp_path: Path) -> None:
+    found = built(tmp_path, *H100, "--gpus", "8", "--price", "2.5")
+    for which in ("full", "trimmed"):
+        one = found[which]
+        assert one["seconds"] == pytest.approx(sum(stage["seconds"] for stage in one["stages"].values()))
+        assert one["dollars"] == 2.5 * one["hours"]
+        assert one["days"] == pytest.approx(one["hours"] / 8 / 24)
+    assert found["job"]["images"] == 10_000_000
+    assert found["gpu"]["source"].startswith("NVIDIA H100")
+    assert found["keep"] == pytest.approx(0.615)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--images", "0.5", "--gpu", "h100", "--model", "11b"), "images=0.5 must be a whole number"),
+        (("--images", "10", "--model", "11b"), "gpu=None: name one (a10, "),
+        (("--images", "10", "--gpu", "h100"), "model=None: state --model"),
+        (("--images", "10", "--gpu", "abacus", "--model", "11b"), "gpu='abacus' is not in the table"),
+        (("--images", "10", "--gpu-memory", "80", "--model", "11b"), "gpu_bandwidth=None"),
+        ((*H100, "--gpu-rate", "1"), "gpu='h100' is in the table; drop --gpu-rate"),
+        ((*H100, "--k-ratio", "0.25", "--keep", "0.5"), "state one"),
+        ((*H100, "--k-ratio", "1.5"), "k_ratio=1.5 must lie in (0, 1]"),
+        ((*H100, "--tiles", "5"), "tiles='5'"),
+        ((*H100, "--price", "-1"), "price=-1.0 must not be negative"),
+        ((*H100, "--gpus", "6", "--gpus-per-actor", "4"), "gpus=6 is no multiple of gpus_per_actor=4"),
+        ((*H100, "--kv-gib", "200"), "kv_gib=200 is over the"),
+        ((*H100, "--kv-gib", "0.1", "--tiles", "4"), "one row needs"),
+        ((*H100, "--max-new-tokens", "10"), "max_new_tokens=10 is under output_tokens=64"),
+        ((*H100, "--output-tokens", "100000"), "over the model's 131072"),
+        (("--images", "10", "--gpu", "h100", "--model", "90b"), "use --gpus-per-actor 3"),
+        (("--images", "10", "--gpu", "h100", "--model", DEMO), "state --keep"),
+        (("--images", "10", "--gpu", "h100", "--model", "./missing"), "model='./missing' does not exist"),
+        ((*H100, "--from", "./missing"), "run './missing' holds no run"),
+        ((*H100, "--json", "/missing/folder/file"), "No such file"),
+        ((*H100, "--colour", "blue"), "colour"),
+        ((), "images"),
+    ],
+)
+def test_refusals_are_one_line(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.startswith("python -m jobs.estimate: ")
+    assert err.count("\n") == 1
+
+
+def test_a_gpu_that_the_table_lacks(tmp_path: Path) -> None:
+    stated = ("--gpu-memory", "80", "--gpu-bandwidth", "3350", "--gpu-rate", "989.5")
+    own = built(tmp_path, "--images", "1e6", "--model", "11b", *stated)
+    known = built(tmp_path, "--images", "1e6", "--model", "11b", "--gpu", "h100")
+    assert own["full"] == known["full"]
+    assert own["hardware"] == "the stated GPU"
+
+
+def test_a_folders_model_takes_the_stated_fraction(tmp_path: Path) -> None:
+    found = built(tmp_path, "--images", "1000", "--gpu", "l4", "--model", DEMO, "--keep", "0.6")
+    assert (found["keep"], found["k_ratio"], found["keep_from"]) == (0.6, None, "stated")
+
+
+def test_without_the_errors_file_it_says_where_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "ERRORS", tmp_path / "missing.json")
+    _, out, _ = run(capsys, *H100)
+    assert "docs/estimate.md" in out
+
+
+# ---- from a run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    return Costs(config_of(DEMO), 4)
+
+
+CPU = Machine(
+    "it",
+    {"tower": 200e9, "prefill": 300e9, "decode": 300e9},
+    {"tower": float("inf"), "prefill": 20e9, "decode": 20e9},
+    adds=True,
+)
+
+
+def test_a_cpu_runs_rates_are_found_again_and_predict_other_settings(tmp_path: Path, costs: Costs) -> None:
+    measured(tmp_path / "run", CPU, costs)
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"), "--keep", "0.5", "--batch-size", "16")
+    for stage in STAGES:
+        assert found["rates"][stage]["operations_per_second"] == pytest.approx(CPU.operations[stage], rel=0.05)
+    assert found["rates"]["decode"]["bytes_per_second"] == pytest.approx(20e9, rel=0.05)
+    # A summary's seconds have three digits behind the point. What was not stated is the run's.
+    assert found["job"]["questions"] == 2
+    assert {int(tiles): share for tiles, share in found["job"]["tiles"].items()} == {1: 0.5, 2: 0.5}
+    assert (found["job"]["prompt"], found["job"]["longest"]) == (12, 64)
+    assert found["job"]["output"] == pytest.approx(sum(2 + i % 7 for i in range(64)) / 64)
+    assert found["unit"] == "actors"
+    assert found["trimmed"]["largest"] <= 16
+
+
+def test_a_gpu_runs_shares_go_to_another_gpu(tmp_path: Path) -> None:
+    shares: dict[Stage, float] = {"tower": 0.4, "prefill": 0.3, "decode": 0.7}
+    machine = roofline("it", 989.5e12, 3350e9, shares)
+    bf16 = Costs(config_of("11b"))
+    measured(tmp_path / "run", machine, bf16, device="NVIDIA H100 80GB HBM3", dtype="bfloat16", model="11b", keep=0.5)
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"), "--gpu", "h200")
+    assert found["roofline_shares"] == pytest.approx(shares, rel=0.01)
+    assert found["rates"]["decode"]["bytes_per_second"] == pytest.approx(0.7 * 4800e9, rel=0.01)
+    # The kept fraction at the run's own K is the run's, and at another one follows from it.
+    assert found["keep"] == pytest.approx(0.5, abs=1e-3)
+    assert "measured by the run" in found["keep_from"]
+    other = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"), "--k-ratio", "0.1")
+    assert other["hardware"] == "NVIDIA H100 SXM"
+    assert 0.1 < other["keep"] < 0.5
+
+
+def test_a_cpu_run_says_nothing_of_a_gpu(tmp_path: Path, costs: Costs, capsys: pytest.CaptureFixture[str]) -> None:
+    measured(tmp_path / "run", CPU, costs)
+    code, _, err = run(capsys, *H100, "--from", str(tmp_path / "run"))
+    assert code == 2
+    assert "ran on CPU, 2 threads, which says nothing of a GPU" in err
+
+
+def test_a_run_of_many_rows_is_read_in_part(tmp_path: Path, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of it calibrates like the whole: its rows repeat every fourteen."""
+    measured(tmp_path / "run", CPU, costs)
+    whole = read(str(tmp_path / "run"), {})
+    monkeypatch.setattr("jobs.estimation.measured.SAMPLE_ROWS", 28)
+    part = read(str(tmp_path / "run"), {})
+    assert (len(whole.rows), len(part.rows)) == (64, 28)
+    assert part.seconds["tower"] == pytest.approx(whole.seconds["tower"] * 28 / 64)
+    assert part.decode_steps == pytest.approx(10 * 28 / 64)
+    assert part.machine(costs).operations["tower"] == pytest.approx(whole.machine(costs).operations["tower"], rel=0.05)
+
+
+def test_another_policys_kept_fraction_is_taken(tmp_path: Path, costs: Costs) -> None:
+    measured(tmp_path / "run", CPU, costs, keep=0.5, policy={"policy": "grid", "keep": 0.5})
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"))
+    assert found["keep"] == pytest.approx(0.5, abs=0.01)
+    assert (found["k_ratio"], found["keep_from"]) == (None, "measured by the run")
+
+
+def test_a_run_on_s3(tmp_path: Path, costs: Costs, s3: dict[str, Any]) -> None:
+    measured(tmp_path / "run", CPU, costs)
+    files = Storage("s3://bucket/estimated", s3)
+    for file in (tmp_path / "run").rglob("*.*"):
+        if file.is_file():
+            files.write(str(file.relative_to(tmp_path / "run")), file.read_bytes(), temporary=".run/unfinished")
+    asked = ("--images", "1000", "--keep", "0.5")
+    there = built(tmp_path, *asked, "--from", files.url, "--storage-options", json.dumps(s3))
+    here = built(tmp_path, *asked, "--from", str(tmp_path / "run"))
+    assert there["full"] == here["full"]
+    assert s3["secret"] not in json.dumps(there)
+
+
+def test_a_run_that_waited_for_rows_is_told(tmp_path: Path, costs: Costs, capsys: pytest.CaptureFixture[str]) -> None:
+    measured(tmp_path / "run", CPU, costs, actor_seconds=1000.0)
+    _, out, _ = run(capsys, "--images", "1000", "--from", str(tmp_path / "run"), "--keep", "0.5", "--batch-size", "256")
+    assert "The run decoded 25.3 rows at once on average" in out
+    assert "waited for rows in the rest" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seconds": {"tower": 1.0, "prefill": 1.0}}, "has no seconds of decode"),
+        ({"stats": {"decode_steps": 0, "decode_tokens": 0}}, "counts no decode steps"),
+        ({"device": "NVIDIA Abacus"}, "ran on 'NVIDIA Abacus', which is not in the table"),
+        ({"dtype": "int8"}, "mixes weights' types (int8)"),
+    ],
+)
+def test_runs_that_teach_nothing_are_refused(
+    given: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(i), "text": "a b c"} for i in range(4)]
+    options = {"stats": {"decode_steps": 3, "decode_tokens": 8}, "run": {"checkpoint": {"source": DEMO, "identity": "it"}}}
+    write_run(tmp_path / "run", rows, **{**options, **given})
+    code, _, err = run(capsys, "--images", "1000", "--from", str(tmp_path / "run"), "--keep", "0.5")
+    assert code == 2
+    assert said in err
+
+
+def test_rows_without_one_image_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": str(i), "text": "a b c", "images": 2, "tiles": 2} for i in range(4)]
+    write_run(tmp_path / "run", rows, stats={"decode_steps": 3, "decode_tokens": 8})
+    code, _, err = run(capsys, "--images", "1000", "--from", str(tmp_path / "run"), "--keep", "0.5")
+    assert code == 2
+    assert "0 of 4 rows have one image" in err
