@@ -14,7 +14,6 @@ from pipeline.schema import Columns, plan_columns
 from pipeline.storage import Storage, split_input, without
 from pipeline.units import Shard, Unit
 
-
 GEOMETRY = ("image_size", "patch_size", "max_num_tiles")
 
 
