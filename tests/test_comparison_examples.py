@@ -239,7 +239,7 @@ def test_an_input_that_moved_has_changed_or_is_gone(pair: list[Run], tmp_path: P
 
 
 def test_a_model_that_nobody_knows_costs_the_veil_alone(pair: list[Run], tmp_path: Path) -> None:
-    """Runs of older versions, which recorded no geometry, and whose model's folder is gone; where it is recorded none is needed."""
+    """Runs of older versions, which recorded no geometry, and whose model's folder is gone; recorded, none is needed."""
     for run in pair:
         shutil.copytree(run.folder.url, tmp_path / run.name)
         path = tmp_path / run.name / ".run/run.json"
