@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import LongTensor, Tensor
@@ -16,9 +17,10 @@ class SampleTrim:
     visual_tokens: int
     """Valid visual features: those of real tiles that some text row sees. 0 for a text-only row."""
     kept_visual_tokens: int
-    """Valid visual features that stayed."""
+    """Valid visual features that stayed; where layers or heads keep sets of their own, their mean, to the nearest."""
     kept: LongTensor
-    """Kept positions, ascending, on the model's own images × tiles × tokens axis, padding tiles counted in.
+    """Kept positions, ascending, on the model's own images × tiles × tokens axis, padding tiles counted in: in any layer or
+    head, where they keep sets of their own.
 
     Under ``rows="transformers"`` a sample that keeps every valid feature keeps its padding tiles' too, as rows before the
     image attend to them there: then this is longer than ``kept_visual_tokens``.
@@ -26,7 +28,7 @@ class SampleTrim:
     cross_kv_bytes_full: int
     """Valid features × bytes a feature."""
     cross_kv_bytes: int
-    """Kept valid features × bytes a feature."""
+    """Kept valid features × bytes a feature; what is really held where layers, heads or channels differ."""
     cross_kv_bytes_allocated: int
     """What the cache really holds for the sample, padded to the longest of its batch."""
     self_kv_bytes: int
@@ -39,16 +41,31 @@ class SampleTrim:
 
     @classmethod
     def of(
-        cls, valid: Tensor, keep: Tensor, prompt_tokens: int, geometry: Geometry, itemsize: int, allocated: int
+        cls,
+        valid: Tensor,
+        keep: Tensor,
+        prompt_tokens: int,
+        geometry: Geometry,
+        itemsize: int,
+        allocated: int,
+        rows: Sequence[int] | None = None,
+        key_width: int | None = None,
     ) -> SampleTrim:
-        """The record of a sample whose valid and kept positions are (N,) bool; numbers in the cache have ``itemsize`` bytes."""
-        there, stayed, cross = int(valid.sum()), int((keep & valid).sum()), geometry.cross_kv_bytes(itemsize)
+        """The record of a sample whose valid and kept positions are (N,) bool; numbers in the cache have ``itemsize`` bytes.
+
+        ``rows``: the kept features of each cross-attention layer, where they differ; ``key_width``: the channels of a head's
+        keys that stay, where not all do.
+        """
+        there, cross = int(valid.sum()), geometry.cross_kv_bytes(itemsize)
+        stayed = int((keep & valid).sum()) if rows is None else round(sum(rows) / len(rows))
+        held = stayed * geometry.cross_layers if rows is None else sum(rows)
+        width = geometry.head_dim + (geometry.head_dim if key_width is None else key_width)
         return cls(
             visual_tokens=there,
             kept_visual_tokens=stayed,
             kept=keep.nonzero()[:, 0],  # type: ignore[arg-type]
             cross_kv_bytes_full=there * cross,
-            cross_kv_bytes=stayed * cross,
+            cross_kv_bytes=held * geometry.kv_heads * width * itemsize,
             cross_kv_bytes_allocated=allocated,
             self_kv_bytes=prompt_tokens * geometry.self_kv_bytes(itemsize),
         )

@@ -75,3 +75,24 @@ def ragged_index(keep: Tensor) -> tuple[Tensor, Tensor]:
     # A stable sort of the dropped flag brings the kept positions to the front in their own order.
     index = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
     return index.masked_fill(~present, 0), present
+
+
+def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
+    """``features`` with every kept row replaced by the mean of itself and the rows that are merged into it.
+
+    Averages of features rather than of keys: a mean of normed keys is shorter than each of them.
+
+    Args:
+        features: (N, width).
+        targets: (N,) long, the kept position that each row is merged into, -1 for none.
+        keep: (N,) bool.
+
+    Returns:
+        (N, width); rows that are not kept come back as they are.
+    """
+    goes = (targets >= 0) & ~keep
+    sums = features.float().index_add(0, targets[goes], features[goes].float())
+    counts = torch.ones(len(features), device=features.device).index_add(
+        0, targets[goes], torch.ones(int(goes.sum()), device=features.device)
+    )
+    return torch.where(keep[:, None], (sums / counts[:, None]).to(features.dtype), features)

@@ -28,6 +28,8 @@ class _Members:
     """Rows with a segment, ascending; None for all of them."""
     alone: list[int]
     """Seers (by their place among these) whose segment nobody shares."""
+    channels: list[list[Tensor]] | None
+    """In each cross-attention layer, the channels of their keys; see ``Sequence_.channels``. None where all have all."""
     views: list[list[tuple[Tensor, Tensor]]]
     """In each cross-attention layer, their keys and values; see ``Segment.views``."""
     shared: list[tuple[Segment, Tensor]]
@@ -135,11 +137,14 @@ class Decode:
         rows = states if members.seers is None else states[members.seers]
         query = cross_queries(attention, norm(layer.input_layernorm, rows))
         grouped, scale = query.unflatten(1, (self.memory.geometry.kv_heads, -1)), attention.scaling
+        asking = [grouped[place : place + 1] for place in members.alone]
+        if members.channels is not None:
+            asking = [_sliced(each, channels) for each, channels in zip(asking, members.channels[index], strict=True)]
         attended = [
             # The query heads of one key head are rows of one product. Most segments have one row, whose queries lie as they
             # must; this runs for each sequence in each layer, so its every call counts.
-            F.scaled_dot_product_attention(grouped[place : place + 1], key, value, scale=scale).flatten(1)
-            for place, (key, value) in zip(members.alone, members.views[index] if members.views else (), strict=True)
+            F.scaled_dot_product_attention(each, key, value, scale=scale).flatten(1)
+            for each, (key, value) in zip(asking, members.views[index] if members.views else (), strict=True)
         ]
         for segment, sharers in members.shared:
             key, value = self.memory.segment_layer(segment, index)
@@ -159,11 +164,14 @@ class Decode:
         several = {segment: places for segment, places in by.items() if len(places) > 1}
         stand = [place for _, place in single] + [place for places in several.values() for place in places]
         views = [list(layer) for layer in zip(*(segment.views for segment, _ in single), strict=True)]
+        owners = [self.running[seers[place]] for _, place in single]
+        channels = [list(layer) for layer in zip(*(owner.channels for owner in owners), strict=True)] or None
         return [
             _Members(
                 mask=self._mask(device),
                 seers=None if len(seers) == len(self.running) else torch.tensor(seers, device=device),
                 alone=[place for _, place in single],
+                channels=channels,
                 views=views,
                 shared=[(segment, torch.tensor(places, device=device)) for segment, places in several.items()],
                 order=None if stand == sorted(stand) else torch.tensor(stand, device=device).argsort(),
@@ -176,3 +184,8 @@ class Decode:
         closed = places >= torch.tensor(self.positions, device=device)[:, None]
         mask = torch.zeros(closed.shape, dtype=self.model.dtype, device=device)
         return mask.masked_fill(closed, torch.finfo(mask.dtype).min)[:, None, None]
+
+
+def _sliced(query: Tensor, channels: Tensor) -> Tensor:
+    """(1, KV, G, d) of queries (1, KV, G, D), of each key head the channels (KV, d) that its keys have left."""
+    return query.gather(-1, channels[None, :, None].expand(*query.shape[:3], -1))

@@ -178,6 +178,9 @@ class Engine:
         with self._arrived:
             if self.waiting or self.decode.running:
                 raise RuntimeError("the policy can't change while requests wait or run")
+            if "class_attention" in policy.looks_at - self.policy.looks_at:
+                # Images that are encoded already lack it.
+                self.images.clear()
             self.policy = self.prefill.policy = policy
             self._share = _first_guess(policy)
 
@@ -385,7 +388,12 @@ class Engine:
         together = self._alike(sequence, image)
         began = time.perf_counter()
         try:
-            features = self.tower.encode([image for _, image in together])
+            pictures = [image for _, image in together]
+            looks: Sequence[Tensor | None] = [None] * len(together)
+            if "class_attention" in self.policy.looks_at:
+                features, looks = self.tower.look(pictures)
+            else:
+                features = self.tower.encode(pictures)
             self._synchronise()
         except Exception as error:
             if not self._healthy():
@@ -394,9 +402,10 @@ class Engine:
         finally:
             self.seconds["tower"] += time.perf_counter() - began
         self.statistics.images_encoded += len(together)
-        for (owner, image), own in zip(together, features, strict=True):
+        for (owner, image), own, seen in zip(together, features, looks, strict=True):
             # A view would keep all of the batch's images.
-            encoded = Encoded(len(image.pixels), own.clone() if len(together) > 1 else own)
+            own, seen = (t.clone() if t is not None and len(together) > 1 else t for t in (own, seen))
+            encoded = Encoded(len(image.pixels), own, seen)
             if self.images.limit_bytes:
                 self.images.put(image.key, encoded)
             owner.encoded.append(encoded)

@@ -21,12 +21,14 @@ class Encoded:
     tiles: int
     features: Tensor
     """(tokens, text width): the real tiles' features, then padding tiles' where the engine keeps them."""
+    class_attention: Tensor | None = None
+    """(real tiles' tokens,) float32; see ``VisualContext.class_attention``. None where no policy looks at it."""
     first: tuple[Tensor, Tensor] | None = None
     """The first cross-attention layer's keys and values (tokens, KV, head_dim), once a prompt has needed them."""
 
     @property
     def bytes(self) -> int:
-        tensors = [self.features, *(self.first or ())]
+        tensors = [self.features, *(self.first or ()), *([] if self.class_attention is None else [self.class_attention])]
         return sum(t.numel() * t.itemsize for t in tensors)
 
 
@@ -50,6 +52,8 @@ class Sequence_:
     trim: SampleTrim | None = None
     segment: Segment | None = None
     slot: int = -1
+    channels: list[Tensor] = field(default_factory=list)
+    """(KV, key_width) long, one a cross-attention layer: the channels of its segment's keys, where not all are kept."""
     draws: Sequence[float] = ()
     said: list[int] = field(default_factory=list)
     """Tokens so far."""

@@ -57,6 +57,15 @@ class Tower:
 
         Their real tiles' features, tile by tile; with ``keep_padding`` the padding tiles' after them.
         """
+        return self._encode(images, look=False)[0]
+
+    def look(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """``encode``, and ``VisualContext.class_attention`` (B, real tiles × tokens) float32."""
+        features, attention = self._encode(images, look=True)
+        assert attention is not None
+        return features, attention
+
+    def _encode(self, images: Sequence[Image], look: bool) -> tuple[Tensor, Tensor | None]:
         vision, tokens = self.vision, self.tokens
         count = len(images[0].pixels)
         tiles = count if self.tower_tiles == "real" else self.max_tiles
@@ -79,14 +88,17 @@ class Tower:
         states = vision.layernorm_post(states)
         after = self._tile_embedding(vision.post_tile_positional_embedding, ids, tiles)
         states = states + torch.cat([after.repeat_interleave(tokens, 1), after.repeat_interleave(-tokens % 8, 1)], 1)
+        attention = None
         last = len(vision.global_transformer.layers) - 1
         for index, layer in enumerate(vision.global_transformer.layers):
+            if look and index == max(0, last - 1):
+                attention = _class_attention(layer, states, real, tokens)
             # Nothing looks at the last layer's padding.
             states = _layer(layer, states, real, kept if index == last else states.shape[1])
         # The intermediate layers' channels are interleaved.
         mixed = torch.stack([between[index] for index in wanted], -1).flatten(-2)
         projected: Tensor = self.projector(torch.cat([states[:, :kept], mixed], -1))
-        return projected
+        return projected, attention
 
     def _embed(self, pixels: Tensor, ids: Tensor, count: int, tiles: int) -> Tensor:
         """(B, tiles, tokens, width). A padding tile's pixels are zero, and the patch embedding has no bias."""
@@ -130,6 +142,16 @@ def _layer(layer: Any, states: Tensor, real: int, rows: int) -> Tensor:
     return states + (layer.gate_ffn.tanh() * forward if layer.is_gated else forward)
 
 
+def _class_attention(layer: Any, states: Tensor, real: int, tokens: int) -> Tensor:
+    """(B, real) float32: the class tokens' attention in this layer to each real token, mean over heads and class tokens."""
+    attention, normed = layer.self_attn, layer.input_layernorm(states)
+    heads = (attention.num_heads, attention.head_dim)
+    query = attention.q_proj(normed[:, :real:tokens]).unflatten(-1, heads).transpose(1, 2)
+    key = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    weights = (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1, dtype=torch.float32)
+    return weights[..., :real].mean((1, 2))
+
+
 class ImageCache:
     """Images by key, the longest unused dropped first. A prompt that waits for its prefill holds on to its images by itself."""
 
@@ -145,6 +167,9 @@ class ImageCache:
     def put(self, key: Hashable, image: Encoded) -> None:
         self._images[key] = image
         self.shrink()
+
+    def clear(self) -> None:
+        self._images.clear()
 
     def shrink(self) -> None:
         """Down to the limit; an image grows when its first keys and values join it."""

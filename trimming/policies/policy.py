@@ -1,6 +1,7 @@
-"""The shape all policies share: where it looks, how it scores, how much it keeps, how it picks.
+"""The shape all policies share: where it looks, how it scores, how much it keeps, how it picks, what it does with the rest.
 
-What is done with the rest is always the same so far: it is dropped, and the kept rows are gathered.
+``select`` puts the first four together; what is not kept is dropped, or merged into what is (``merge``), and of the keys that
+are kept some channels may go too (``channels``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from trimming.selection import at_least_one_per_image
 
-Where = Literal["features", "first_layer"]
+Where = Literal["features", "first_layer", "each_layer"]
+Look = Literal["features", "recent", "class_attention"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +32,18 @@ class VisualContext:
     """Visual tokens a tile: the class token, then its patches row by row."""
     sample_ids: tuple[str, ...]
     """One a sample: what a sample's own randomness is seeded with."""
+    kv_heads: int = 1
+    """Heads of keys and values, which the H query heads share in groups of H / kv_heads, one after the other."""
     attention: Tensor | None = None
-    """(B, H, N) float32: the first cross-attention layer's probabilities, summed over the text rows that see the image.
-    None for policies that decide before the language model runs."""
+    """(B, H, N) float32: a cross-attention layer's probabilities, summed over the text rows that see the image. Of the first
+    layer, or for ``each_layer`` of the layer that decides. None for policies that decide before the language model runs."""
+    recent: Tensor | None = None
+    """(B, H, N) float32: the same, summed over the last ``recent_rows`` rows of the prompt alone."""
+    features: Tensor | None = None
+    """(B, N, width): the projected features, anything where not valid."""
+    class_attention: Tensor | None = None
+    """(B, N) float32: how much the class tokens of an image's tiles look at each token in the vision tower's last layer but one,
+    mean over heads and class tokens."""
 
 
 class Policy(ABC):
@@ -40,7 +51,16 @@ class Policy(ABC):
 
     where: ClassVar[Where]
     """``features``: before the language model, for all cross-attention layers. ``first_layer``: after the first
-    cross-attention layer, which has attended to every feature, for the layers behind it and for every layer's decoding."""
+    cross-attention layer, which has attended to every feature, for the layers behind it and for every layer's decoding.
+    ``each_layer``: after each cross-attention layer's prefill, which attends to every feature, for its own decoding."""
+    looks_at: ClassVar[frozenset[Look]] = frozenset()
+    """What of the context it wants beside the attention that ``where`` gives; the rest is None."""
+    recent_rows: ClassVar[int] = 1
+    """Text rows that ``recent`` sums over, from the prompt's end."""
+    merges: ClassVar[bool] = False
+    """Whether ``merge`` says where dropped features go."""
+    slices: ClassVar[bool] = False
+    """Whether ``channels`` leaves some out."""
 
     @abstractmethod
     def score(self, context: VisualContext) -> Tensor:
@@ -52,13 +72,36 @@ class Policy(ABC):
 
     @abstractmethod
     def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
-        """(B, N) bool from (B, H, N) scores and a (B,) budget."""
+        """(B, N) bool from (B, H, N) scores and a (B,) budget; (B, kv_heads, N), the same number in each head, where every head
+        of keys keeps a set of its own."""
 
     def select(self, context: VisualContext) -> Tensor:
-        """(B, N) bool: what stays. Only valid features do, and every image that has any keeps at least one."""
+        """(B, N) bool, or (B, kv_heads, N): what stays. Only valid features do, and every image that has any keeps at least one."""
         scores = self.score(context)
-        kept = self.pick(scores, self.budget(context), context) & context.valid
-        return at_least_one_per_image(kept, scores.sum(1), context.valid, context.images)
+        picked = self.pick(scores, self.budget(context), context)
+        if picked.dim() == 3:
+            return picked & context.valid[:, None]
+        return at_least_one_per_image(picked & context.valid, scores.sum(1), context.valid, context.images)
+
+    def merge(self, kept: Tensor, context: VisualContext) -> Tensor:
+        """(B, N) long: the kept position that each dropped one is averaged into, -1 for those that go.
+
+        ``kept`` (B, N) bool is what ``select`` returned. Only asked where ``merges``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges nothing")
+
+    def key_width(self, head_dim: int) -> int:
+        """Channels of a head's keys that decoding is left with."""
+        return head_dim
+
+    def channels(self, query: Tensor, key: Tensor) -> Tensor:
+        """(KV, key_width) long, ascending: which channels of each head's keys those are. Only asked where ``slices``.
+
+        Args:
+            query: (KV, H / KV × rows, D) of one sample's text rows that see the image.
+            key: (KV, n, D) that were kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves out no channels")
 
 
 def check_ratio(name: str, value: float) -> None:
