@@ -35,9 +35,9 @@ demo-report: demo-shards ## answer the demo's scenes with all features, three K 
 	  --write-kept "$$@"; done
 	$(BIN)/python -m jobs.compare $(OUTPUT)/compared/* --baseline $(OUTPUT)/compared/all --price cpu=0.1 --out $(OUTPUT)/report
 
-demo-calibrate: demo-shards ## find the smallest K that holds 95 % agreement on a sample of the demo's scenes
+demo-calibrate: demo-shards ## find the smallest K that holds 90 % agreement on a sample of the demo's scenes
 	$(BIN)/python -m jobs.calibrate --input $(OUTPUT)/shards/scenes-test --output $(OUTPUT)/calibration --model demo/model \
-	  --target-agreement 0.95
+	  --target-agreement 0.9
 
 demo-table: .venv ## measure accuracy by kind, policy and kept fraction over the whole test data (an hour; resumable)
 	$(BIN)/python -m demo.table --output demo/results
