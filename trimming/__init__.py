@@ -8,18 +8,41 @@ Method: arXiv 2504.00557. This package knows torch and transformers; it never im
 """
 
 from trimming.mllama import Rows, Trimmed, trim
-from trimming.policies import Grid, KeepAll, Policy, Random, TrimmedLlama, VisualContext
+from trimming.policies import (
+    DivPrune,
+    ElasticCache,
+    FastV,
+    Grid,
+    KeepAll,
+    Policy,
+    Random,
+    SnapKV,
+    ThinK,
+    TrimmedLlama,
+    VisionZip,
+    VisualContext,
+    WeightedFarthest,
+    ZipVL,
+)
 from trimming.samples import SampleTrim
 
 __all__ = [
+    "DivPrune",
+    "ElasticCache",
+    "FastV",
     "Grid",
     "KeepAll",
     "Policy",
     "Random",
     "Rows",
     "SampleTrim",
+    "SnapKV",
+    "ThinK",
     "Trimmed",
     "TrimmedLlama",
+    "VisionZip",
     "VisualContext",
+    "WeightedFarthest",
+    "ZipVL",
     "trim",
 ]

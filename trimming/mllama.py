@@ -24,7 +24,7 @@ from trimming.attention import summed_attention
 from trimming.costs import Geometry
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
-from trimming.selection import ragged_index
+from trimming.selection import merged, ragged_index
 
 Rows = Literal["meta", "transformers"]
 
@@ -73,29 +73,51 @@ def trim(model: MllamaForConditionalGeneration, policy: Policy, rows: Rows = "me
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The kept features of one prefill. N positions before, L after."""
+    """The features that one layer, or all, have kept of one prefill. N positions before, L after. G is 1, or the number of key
+    heads where each keeps a set of its own."""
 
     index: Tensor
-    """(B, L) long."""
+    """(B, G, L) long."""
     present: Tensor
-    """(B, L) bool: False in the batch's padding."""
+    """(B, G, L) bool: False in the batch's padding."""
     ragged: bool
 
+    @classmethod
+    def of(cls, keep: Tensor) -> _Kept:
+        """From (B, N) or (B, KV, N) bool."""
+        heads = keep[:, None] if keep.dim() == 2 else keep
+        index, present = (t.unflatten(0, heads.shape[:2]) for t in ragged_index(heads.flatten(0, 1)))
+        return cls(index, present, ragged=not bool(present.all()))
+
     def gather(self, states: Tensor) -> Tensor:
-        """(B, N, ...) → (B, L, ...)."""
-        index = self.index.to(states.device).view(*self.index.shape, *(1,) * (states.dim() - 2))
-        return states.gather(1, index.expand(-1, -1, *states.shape[2:]))
+        """(B, N, width) → (B, L, width), where all heads keep the same."""
+        return states.gather(1, self.index[:, 0, :, None].to(states.device).expand(-1, -1, states.shape[-1]))
+
+    def gather_heads(self, states: Tensor) -> Tensor:
+        """(B, KV, N, D) → (B, KV, L, D)."""
+        return states.gather(2, self.index[..., None].to(states.device).expand(-1, states.shape[1], -1, states.shape[-1]))
 
     def mask(self, full: Tensor | None, like: Tensor) -> Tensor | None:
-        """(B, 1, Q, N) additive mask → (B, 1, Q, L), padding shut out; ``like`` (B, H, Q, D) gives dtype and device."""
+        """(B, 1, Q, N) additive mask → (B, 1 or H, Q, L), padding shut out; ``like`` (B, H, Q, D) gives dtype and device."""
         if full is None and not self.ragged:
             return None
-        index, present = self.index.to(like.device)[:, None, None], self.present.to(like.device)[:, None, None]
+        index, present = self.index.to(like.device)[:, :, None], self.present.to(like.device)[:, :, None]
         if full is None:
-            trimmed = like.new_zeros(like.shape[0], 1, like.shape[2], index.shape[-1])
+            trimmed = like.new_zeros(like.shape[0], index.shape[1], like.shape[2], index.shape[-1])
         else:
-            trimmed = full.gather(-1, index.expand(-1, 1, full.shape[2], -1))
-        return trimmed.masked_fill(~present, torch.finfo(trimmed.dtype).min) if self.ragged else trimmed
+            heads = full.expand(-1, index.shape[1], -1, -1)
+            trimmed = heads.gather(-1, index.expand(-1, -1, full.shape[2], -1))
+        trimmed = trimmed.masked_fill(~present, torch.finfo(trimmed.dtype).min) if self.ragged else trimmed
+        return trimmed if index.shape[1] == 1 else trimmed.repeat_interleave(like.shape[1] // index.shape[1], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What a cache holds of one cross-attention layer."""
+
+    kept: _Kept
+    channels: Tensor | None
+    """(B, KV, d) long: the channels of its keys, where not all are there."""
 
 
 @dataclass(slots=True)
@@ -108,9 +130,15 @@ class _Prefill:
     prompt_tokens: list[int]
     valid: Tensor | None = None
     keep: Tensor | None = None
+    """(B, N) bool: what stays in any layer."""
     kept: _Kept | None = None
+    """What all layers keep, or the last one where each keeps a set of its own."""
     states: Tensor | None = None
     """(B, L, width): the features that later layers project, gathered once."""
+    counts: list[Tensor] = field(default_factory=list)
+    """(B,) long of each layer that keeps a set of its own: how many."""
+    class_attention: Tensor | None = None
+    """See ``VisualContext``."""
 
 
 class _Surgery:
@@ -122,7 +150,9 @@ class _Surgery:
         self.forward_signature = inspect.signature(model.model.forward)
         self.prefill: _Prefill | None = None
         # Which caches this context has filled, and what they hold; a cache that dies takes its entry along.
-        self.filled: WeakKeyDictionary[Cache, _Kept] = WeakKeyDictionary()
+        self.filled: WeakKeyDictionary[Cache, dict[int, _Layer]] = WeakKeyDictionary()
+        # (B, images, tiles) of the images that the vision tower is at.
+        self.tiles_there: Tensor | None = None
         # (B, 1, Q, 1): 1 where a row sees an image; set by each layer's pre-hook.
         self.row_mask: Tensor | None = None
         self.mask_before: Tensor | None = None
@@ -138,6 +168,11 @@ class _Surgery:
             module.forward = partial(self.cross_attention, module)
             handle = layer.register_forward_pre_hook(self.before_cross_layer, with_kwargs=True)
             undo.callback(handle.remove)
+        if "class_attention" in self.policy.looks_at:
+            vision = self.model.model.vision_model
+            undo.callback(vision.register_forward_pre_hook(self.before_vision, with_kwargs=True).remove)
+            last_but_one = vision.global_transformer.layers[max(0, len(vision.global_transformer.layers) - 2)]
+            undo.callback(last_but_one.register_forward_pre_hook(self.look_at_classes, with_kwargs=True).remove)
         undo.callback(self.model.model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove)
         undo.callback(self.model.model.register_forward_hook(self.after_forward).remove)
 
@@ -160,6 +195,35 @@ class _Surgery:
         mask = mask[:, -length:].bool() if mask is not None and mask.dim() == 2 else None
         prompt_tokens = [length] * batch if mask is None else mask.sum(-1).tolist()
         self.prefill = _Prefill(batch, mask, prompt_tokens)
+
+    def before_vision(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self.tiles_there = given["aspect_ratio_mask"]
+
+    def look_at_classes(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sets the prefill's ``class_attention`` from what goes into the tower's last layer but one."""
+        if self.prefill is None:
+            return
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        states, mask = given["hidden_states"], given.get("attention_mask")
+        assert self.tiles_there is not None
+        there = self.tiles_there.flatten(0, 1).bool()
+        tiles, tokens = there.shape[1], self.model.model.vision_model.num_patches
+        padded = states.shape[1] // tiles
+        attention = module.self_attn
+        heads = (attention.num_heads, attention.head_dim)
+        with torch.no_grad():
+            normed = module.input_layernorm(states)
+            query = attention.q_proj(normed[:, ::padded]).unflatten(-1, heads).transpose(1, 2)
+            key = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+            logits = query @ key.transpose(-1, -2) * attention.scaling
+            if mask is not None:
+                logits = logits + mask[:, :, ::padded]
+            weights = logits.softmax(-1, dtype=torch.float32).mean(1)
+            # The mean over real tiles' class tokens, of real tiles' tokens.
+            mean = (weights * there[..., None]).sum(1) / there.sum(-1, keepdim=True).clamp(min=1)
+            looked = mean.unflatten(-1, (tiles, padded))[..., :tokens] * there[..., None]
+        self.prefill.class_attention = looked.reshape(self.prefill.batch, -1)
 
     def before_cross_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.row_mask = kwargs.get("full_text_row_masked_out_mask")
@@ -188,11 +252,13 @@ class _Surgery:
             module.q_proj(hidden_states).view(batch, length, module.num_heads, module.head_dim).transpose(1, 2)
         )
         if cross_attention_states is None:
-            kept = self.filled.get(past_key_values)
-            if kept is None:
+            held = self.filled.get(past_key_values, {}).get(module.layer_idx)
+            if held is None:
                 raise ValueError("this cache was not filled inside this trim(...): run its prefill in the same context")
             layer = past_key_values.layers[module.layer_idx]  # type: ignore[union-attr]
-            key, value, mask = layer.keys, layer.values, self.trimmed_mask(kept, attention_mask, query)
+            key, value, mask = layer.keys, layer.values, self.trimmed_mask(held.kept, attention_mask, query)
+            if held.channels is not None:
+                query = _sliced(query, held.channels)
         else:
             # They come as (B × images × tiles, tokens, width).
             states = cross_attention_states.reshape(batch, -1, cross_attention_states.shape[-1])
@@ -213,33 +279,37 @@ class _Surgery:
         """Keys, values (B, KV, ·, D) and mask this layer's prefill attends with; fills the cache with the kept ones."""
         prefill = self.prefill
         assert prefill is not None
-        if module.layer_idx != self.cross_layers[0].layer_idx:
-            assert prefill.kept is not None
-            assert prefill.states is not None
-            key, value = self.project(module, prefill.states)
-            return *self.store(module, cache, key, value), self.trimmed_mask(prefill.kept, mask, query)
-
         rows = self.seeing_rows(prefill, query)
-        prefill.valid = _valid_features(mask, rows, states)
-        if self.policy.where == "features":
-            self.decide(prefill, states, None)
+        first = module.layer_idx == self.cross_layers[0].layer_idx
+        if first:
+            prefill.valid = _valid_features(mask, rows, states)
+            if self.policy.where == "features":
+                self.decide(prefill, states, None, None)
+        if self.policy.where != "each_layer" and not (first and self.policy.where == "first_layer"):
             assert prefill.kept is not None
             assert prefill.states is not None
-            if cache is not None:
-                self.filled[cache] = prefill.kept
             key, value = self.project(module, prefill.states)
-            return *self.store(module, cache, key, value), self.trimmed_mask(prefill.kept, mask, query)
+            self.store(module, cache, prefill.kept, (query, rows, mask), key, value)
+            return key, value, self.trimmed_mask(prefill.kept, mask, query)
 
         key, value = self.project(module, states)
         with torch.no_grad():
-            self.decide(prefill, states, summed_attention(query, key, mask, rows, module.scaling))
+            attention = summed_attention(query, key, mask, rows, module.scaling)
+            recent = None
+            if "recent" in self.policy.looks_at:
+                last = rows & (rows.flip(-1).cumsum(-1).flip(-1) <= self.policy.recent_rows)
+                recent = summed_attention(query, key, mask, last, module.scaling)
+            self.decide(prefill, states, attention, recent)
         assert prefill.kept is not None
-        if cache is not None:
-            self.filled[cache] = prefill.kept
-            self.store(module, cache, *(prefill.kept.gather(t.transpose(1, 2)).transpose(1, 2) for t in (key, value)))
+        assert prefill.states is not None
+        if self.policy.merges:
+            kept_key, kept_value = self.project(module, prefill.states)
+        else:
+            kept_key, kept_value = prefill.kept.gather_heads(key), prefill.kept.gather_heads(value)
+        self.store(module, cache, prefill.kept, (query, rows, mask), kept_key, kept_value)
         return key, value, mask
 
-    def decide(self, prefill: _Prefill, states: Tensor, attention: Tensor | None) -> None:
+    def decide(self, prefill: _Prefill, states: Tensor, attention: Tensor | None, recent: Tensor | None) -> None:
         valid = prefill.valid
         assert valid is not None
         tokens = self.model.model.vision_model.num_patches
@@ -250,15 +320,28 @@ class _Surgery:
             tiles=tiles,
             tokens=tokens,
             sample_ids=self.sample_ids(prefill.batch),
+            kv_heads=self.cross_layers[0].cross_attn.num_key_value_heads,
             attention=attention,
+            recent=recent,
+            features=states if "features" in self.policy.looks_at else None,
+            class_attention=prefill.class_attention,
         )
         keep = self.policy.select(context)
+        if self.policy.merges:
+            targets = self.policy.merge(keep, context)
+            states = torch.stack([merged(*each) for each in zip(states, targets.to(states.device), keep, strict=True)])
         if self.rows == "transformers":
-            keep = keep | (keep == valid).all(-1, keepdim=True)
-        index, present = ragged_index(keep)
-        prefill.keep = keep
-        prefill.kept = _Kept(index, present, ragged=not bool(present.all()))
+            everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
+            keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
+        prefill.kept = _Kept.of(keep)
         prefill.states = prefill.kept.gather(states)
+        if self.policy.where == "each_layer":
+            stayed = keep & (valid if keep.dim() == 2 else valid[:, None])
+            prefill.counts.append(stayed.flatten(1).sum(-1) // (1 if keep.dim() == 2 else keep.shape[1]))
+            # The next layer decides anew, and so does its mask.
+            self.mask_before = None
+        now = keep if keep.dim() == 2 else keep.any(1)
+        prefill.keep = now if prefill.keep is None else prefill.keep | now
 
     def project(self, module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, KV, L, D) of features (B, L, width)."""
@@ -267,20 +350,49 @@ class _Surgery:
         key = module.k_norm(module.k_proj(states).view(shape).transpose(1, 2))
         return key, module.v_proj(states).view(shape).transpose(1, 2)
 
-    def store(self, module: Any, cache: Cache | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def store(
+        self,
+        module: Any,
+        cache: Cache | None,
+        kept: _Kept,
+        asked: tuple[Tensor, Tensor, Tensor | None],
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Fills the cache with a layer's kept keys and values (B, KV, L, D). ``asked``: queries, rows that see an image, mask."""
         if cache is None:
-            return key, value
+            return
+        channels = None
+        if self.policy.slices:
+            with torch.no_grad():
+                channels = torch.stack([self.channels_of(kept, sample, *asked, key) for sample in range(len(key))])
+            key = key.gather(-1, channels[:, :, None].expand(-1, -1, key.shape[2], -1))
+        self.filled.setdefault(cache, {})[module.layer_idx] = _Layer(kept, channels)
         stored = cache.update(key, value, module.layer_idx)
         if stored[0].shape[2] != key.shape[2]:
             raise ValueError(
                 f"a {type(cache).__name__} keeps {stored[0].shape[2]} places for {key.shape[2]} kept features: "
                 "trim needs a dynamic cache, which is generate's default"
             )
-        return stored
+
+    def channels_of(
+        self, kept: _Kept, sample: int, query: Tensor, rows: Tensor, mask: Tensor | None, key: Tensor
+    ) -> Tensor:
+        """(KV, d) long of one sample, by the keys that decoding will see and the rows that see these: the last image's."""
+        heads, asking = key.shape[1], rows[sample].to(query.device)
+        present, index = (t[sample].to(key.device).expand(heads, -1) for t in (kept.present, kept.index))
+        if not asking.any():
+            return torch.arange(self.policy.key_width(key.shape[-1]), device=key.device).expand(heads, -1)
+        if mask is not None:
+            sees = mask[sample, 0] == 0
+            visible = sees[asking.nonzero()[-1, 0]]
+            asking, present = asking & (sees == visible).all(-1), present & visible[index]
+        queries = query[sample][:, asking].unflatten(0, (heads, -1)).flatten(1, 2)
+        return self.policy.channels(queries, key[sample][present].view(heads, -1, key.shape[-1]))
 
     def trimmed_mask(self, kept: _Kept, full: Tensor | None, query: Tensor) -> Tensor | None:
-        """``kept.mask``, worked out once a forward rather than once a layer."""
-        if full is None or full is not self.mask_before:
+        """``kept.mask``, worked out once a forward rather than once a layer, where layers keep the same."""
+        if full is None or full is not self.mask_before or self.policy.where == "each_layer":
             self.mask_before, self.mask_after = full, kept.mask(full, query)
         return self.mask_after
 
@@ -308,9 +420,11 @@ class _Surgery:
         none = torch.zeros(prefill.batch, 0, dtype=torch.bool)
         valid = none if prefill.valid is None else prefill.valid.cpu()
         keep = none if prefill.keep is None else prefill.keep.cpu()
-        allocated = 0 if prefill.kept is None else prefill.kept.index.shape[1] * geometry.cross_kv_bytes(itemsize)
+        allocated = 0 if prefill.kept is None else prefill.kept.index.shape[-1] * geometry.cross_kv_bytes(itemsize)
+        counts = [[int(count[row]) for count in prefill.counts] or None for row in range(prefill.batch)]
+        width = self.policy.key_width(geometry.head_dim)
         return [
-            SampleTrim.of(valid[row], keep[row], prompt, geometry, itemsize, allocated)
+            SampleTrim.of(valid[row], keep[row], prompt, geometry, itemsize, allocated, counts[row], width)
             for row, prompt in enumerate(prefill.prompt_tokens)
         ]
 
@@ -320,6 +434,12 @@ def _valid_features(mask: Tensor | None, rows: Tensor, states: Tensor) -> Tensor
     if mask is None:
         return rows.any(-1, keepdim=True).expand(-1, states.shape[1])
     return ((mask[:, 0] == 0) & rows[..., None].to(mask.device)).any(1)
+
+
+def _sliced(query: Tensor, channels: Tensor) -> Tensor:
+    """(B, H, Q, d) of queries (B, H, Q, D), of each key head the channels (B, KV, d) that its keys have left."""
+    heads = channels.repeat_interleave(query.shape[1] // channels.shape[1], 1)
+    return query.gather(-1, heads[:, :, None].expand(-1, -1, query.shape[2], -1))
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:

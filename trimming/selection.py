@@ -96,3 +96,27 @@ def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
         0, targets[goes], torch.ones(int(goes.sum()), device=features.device)
     )
     return torch.where(keep[:, None], (sums / counts[:, None]).to(features.dtype), features)
+
+
+def farthest_points(distances: Tensor, count: int, first: int, weights: Tensor | None = None) -> Tensor:
+    """Greedy max–min choice: ``first``, then always the point whose distance to those chosen, times its weight, is largest.
+
+    Args:
+        distances: (n, n), 0 on the diagonal.
+        count: how many to choose, at most n.
+        first: the first one.
+        weights: (n,), default 1.
+
+    Returns:
+        (count,) long, in the order of their choice; ties go to the lower one.
+    """
+    nearest = distances[first].clone()
+    taken = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
+    chosen = torch.full((count,), first, device=distances.device)
+    for place in range(1, count):
+        taken[chosen[place - 1]] = True
+        worth = nearest if weights is None else nearest * weights
+        # Points that lie on chosen ones are still to be had once nothing else is.
+        chosen[place] = worth.masked_fill(taken, -torch.inf).argmax()
+        nearest = torch.minimum(nearest, distances[chosen[place]])
+    return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from trimming.engine.stages import stages
 from trimming.mllama import Rows
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
+from trimming.selection import merged
 
 # Elements of the scores of one chunk of text rows: 64 MB in fp32.
 _CHUNK_ELEMENTS = 1 << 24
@@ -45,7 +46,7 @@ class _Group:
     """Sequences that keep the same features of the same images: their keys and values are the same tensors."""
 
     features: Tensor | None
-    """(n, width) to project; None where a running sequence has done it."""
+    """(n, width) to project, with what was merged into them; None where a running sequence has done it."""
     stored: tuple[int, int]
     """Which of the features decoding sees: those of the last image, or of the last adjacent ones."""
     segment: Segment
@@ -172,12 +173,12 @@ class Prefill:
         attention = layer.cross_attn
         rows = states[batch.rows]
         query = cross_queries(attention, norm(layer.input_layernorm, rows))
-        if index == 0 and self.policy.where == "first_layer":
-            attended = self._first_layer(attention, batch, query)
+        if self.policy.where == "each_layer" or (index == 0 and self.policy.where == "first_layer"):
+            attended = self._full_layer(attention, index, batch, query)
         else:
             if index == 0:
                 batch.keep(self._select(batch, None))
-            self._project(attention, index, batch)
+            self._project(attention, index, batch, query)
             attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
             for look in batch.looks:
                 group = batch.groups[look.sequence]
@@ -190,68 +191,126 @@ class Prefill:
             forward[batch.blind] = 0
         states[batch.rows] = rows + layer.cross_attn_mlp_gate.tanh() * forward
 
-    def _first_layer(self, attention: Any, batch: _Batch, query: Tensor) -> Tensor:
+    def _full_layer(self, attention: Any, index: int, batch: _Batch, query: Tensor) -> Tensor:
         """Attends to every feature, scores them on the way, decides, and stores what stays."""
-        self._project_first(attention, batch)
-        firsts = [self._first_keys(s.encoded) for s in batch.sequences]
+        keys = self._full_keys(attention, index, batch)
         scores = [query.new_zeros(self.geometry.heads, n, dtype=torch.float32) for n in batch.features]
+        recent = [torch.zeros_like(s) for s in scores] if "recent" in self.policy.looks_at else None
         attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
         for look in batch.looks:
-            (a, b), (c, d), (key, value) = look.rows, look.features, firsts[look.sequence]
+            (a, b), (c, d), (key, value) = look.rows, look.features, keys[look.sequence]
             if look.counts:
                 attended[a:b], seen = _attend_and_score(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
                 scores[look.sequence][:, c:d] += seen
+                last = max(a, batch.ends[look.sequence] - self.policy.recent_rows)
+                if recent is not None and last < b:
+                    _, seen = _attend_and_score(query[last:b], key[:, c:d], value[:, c:d], attention.scaling)
+                    recent[look.sequence][:, c:d] += seen
             else:
                 attended[a:b] = attend(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
-        batch.keep(self._select(batch, scores))
+        keep = self._select(batch, scores, recent)
+        if self.policy.where == "each_layer":
+            self._hold(attention, index, batch, query, keep, keys)
+            return attended
+        batch.keep(keep)
         for number, group in batch.new_groups():
-            key, value = firsts[number]
+            key, value = keys[number]
             low, high = group.stored
             kept = batch.kept[number][low:high].to(key.device)
-            stored = self.memory.segment_layer(group.segment, 0)
-            stored[0].copy_(key[:, kept])
-            stored[1].copy_(value[:, kept])
+            if self.policy.merges:
+                assert group.features is not None
+                key, value = (t.transpose(0, 1) for t in cross_projections(attention, group.features))
+                kept = torch.arange(low, high, device=key.device)
+            self._store(group, 0, batch, number, query, key[:, kept], value[:, kept])
         return attended
 
-    def _first_keys(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-        """The first layer's keys and values (KV, n, D) of a sequence's images; empty without any."""
-        firsts = [e.first for e in encoded if e.first is not None]
-        if not firsts:
+    def _full_keys(self, attention: Any, index: int, batch: _Batch) -> list[tuple[Tensor, Tensor]]:
+        """Each sequence's keys and values (KV, n, D) of all of its images' features; empty without any."""
+        # The first layer's are kept for other questions about the image; every layer's would take too much memory.
+        found = {id(e): e.first for s in batch.sequences for e in s.encoded} if index == 0 else {}
+        new = list({id(e): e for s in batch.sequences for e in s.encoded if found.get(id(e)) is None}.values())
+        if new:
+            key, value = cross_projections(attention, torch.cat([e.features for e in new]).to(batch.rows.device))
+            sizes = [len(e.features) for e in new]
+            for encoded, k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
+                found[id(encoded)] = (k, v)
+                if index == 0:
+                    # Views would keep all of the batch's images.
+                    found[id(encoded)] = encoded.first = (k.clone(), v.clone())
+        return [self._of_sequence([found[id(e)] for e in s.encoded], s.encoded) for s in batch.sequences]  # type: ignore[misc]
+
+    def _of_sequence(self, parts: Sequence[tuple[Tensor, Tensor]], encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        if not parts:
             return torch.empty(0), torch.empty(0)
-        key, value = (_joined([first[i] for first in firsts], encoded, self.tokens).transpose(0, 1) for i in range(2))
+        key, value = (_joined([part[i] for part in parts], encoded, self.tokens).transpose(0, 1) for i in range(2))
         return key, value
 
-    def _project_first(self, attention: Any, batch: _Batch) -> None:
-        """The first layer's keys and values of images that no prompt has needed them of."""
-        new = list({id(e): e for s in batch.sequences for e in s.encoded if e.first is None}.values())
-        if not new:
-            return
-        key, value = cross_projections(attention, torch.cat([e.features for e in new]).to(batch.rows.device))
-        sizes = [len(e.features) for e in new]
-        for encoded, k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
-            # Views would keep all of the batch's images.
-            encoded.first = (k.clone(), v.clone())
+    def _hold(
+        self, attention: Any, index: int, batch: _Batch, query: Tensor, keep: Tensor, keys: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Takes what this layer keeps for itself; after the last one the segments are allocated and filled."""
+        # Decoding sees the last image, or the last adjacent ones.
+        last = {look.sequence: look.features for look in batch.looks}
+        for number, (low, high) in last.items():
+            key, value = keys[number]
+            packed = keep[number][..., batch.positions[number]].to(key.device)
+            batch.counts[number].append(int(packed.sum()) // (len(key) if packed.dim() == 2 else 1))
+            packed[..., :low] = packed[..., high:] = False
+            key, value = self._kept(attention, batch, number, packed, key, value)
+            batch.held[number].append((self._slice(batch, number, query, key), value))
+        batch.saw(keep if keep.dim() == 2 else keep.any(1))
+        if index == self.geometry.cross_layers - 1:
+            batch.keep_layers()
 
-    def _project(self, attention: Any, index: int, batch: _Batch) -> None:
+    def _kept(
+        self, attention: Any, batch: _Batch, number: int, keep: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of a sequence's keys and values (KV, n, D) what ``keep``, (n,) or (KV, n) bool, leaves of them."""
+        if keep.dim() == 2:
+            # As many in each head, each head its own.
+            places = keep.nonzero()[:, 1].view(len(keep), -1, 1)
+            return key.gather(1, places.expand(-1, -1, key.shape[-1])), value.gather(1, places.expand(-1, -1, value.shape[-1]))
+        places = keep.nonzero()[:, 0]
+        if not self.policy.merges:
+            return key[:, places], value[:, places]
+        features = batch.merged(number, keep)[places].to(key.device)
+        key, value = cross_projections(attention, features)
+        return key.transpose(0, 1), value.transpose(0, 1)
+
+    def _slice(self, batch: _Batch, number: int, query: Tensor, key: Tensor) -> Tensor:
+        """``key`` (KV, n, D) with the channels that the policy leaves, of which the sequence takes a note."""
+        if not self.policy.slices:
+            return key
+        # The rows that see what decoding will see.
+        last = [look.rows for look in batch.looks if look.sequence == number and look.counts][-1]
+        channels = self.policy.channels(fold(query[slice(*last)], len(key)), key)
+        batch.sequences[number].channels.append(channels)
+        return key.gather(-1, channels[:, None].expand(-1, key.shape[1], -1))
+
+    def _store(self, group: _Group, index: int, batch: _Batch, number: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Writes what a group keeps (KV, n, D) into its segment; ``number`` is one of its sequences."""
+        stored = self.memory.segment_layer(group.segment, index)
+        stored[0].copy_(self._slice(batch, number, query, key))
+        stored[1].copy_(value)
+
+    def _project(self, attention: Any, index: int, batch: _Batch, query: Tensor) -> None:
         """This layer's keys and values of every group, from the memory where they are there already."""
-        new = [group for _, group in batch.new_groups()]
+        new = batch.new_groups()
         if new:
-            sizes = [len(group.features) for group in new]  # type: ignore[arg-type]
-            key, value = cross_projections(attention, torch.cat([group.features for group in new]))  # type: ignore[misc]
-            for group, k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
+            sizes = [len(group.features) for _, group in new]  # type: ignore[arg-type]
+            key, value = cross_projections(attention, torch.cat([group.features for _, group in new]))  # type: ignore[misc]
+            for (number, group), k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
                 group.key, group.value = k.transpose(0, 1), v.transpose(0, 1)
                 low, high = group.stored
-                stored = self.memory.segment_layer(group.segment, index)
-                stored[0].copy_(group.key[:, low:high])
-                stored[1].copy_(group.value[:, low:high])
+                self._store(group, index, batch, number, query, group.key[:, low:high], group.value[:, low:high])
         for group in filter(None, batch.groups):
             if group.features is None:
                 group.key, group.value = self.memory.segment_layer(group.segment, index)
 
     # ---- selection ------------------------------------------------------------------------------------------------------
 
-    def _select(self, batch: _Batch, scores: list[Tensor] | None) -> Tensor:
-        """(B, N) bool on the CPU, N = the most images × tiles × tokens: what stays."""
+    def _select(self, batch: _Batch, scores: list[Tensor] | None, recent: list[Tensor] | None = None) -> Tensor:
+        """(B, N) or (B, KV, N) bool on the CPU, N = the most images × tiles × tokens: what stays."""
         images = max(1, *(len(s.request.images) for s in batch.sequences))
         length = images * self.max_tiles * self.tokens
         device = self.model.device
@@ -260,25 +319,76 @@ class Prefill:
             for i, encoded in enumerate(sequence.encoded):
                 start = i * self.max_tiles * self.tokens
                 valid[row, start : start + encoded.tiles * self.tokens] = True
-        attention = None
-        if scores is not None:
-            attention = torch.zeros(len(valid), self.geometry.heads, length, dtype=torch.float32, device=device)
-            for row, (seen, positions) in enumerate(zip(scores, batch.positions, strict=True)):
-                attention[row, :, positions.to(device)] = seen.to(device)
+        batch.valid = valid
+        if not valid.any():
+            return valid
         context = VisualContext(
             valid=valid.to(device),
             images=images,
             tiles=self.max_tiles,
             tokens=self.tokens,
             sample_ids=tuple(s.request.id for s in batch.sequences),
-            attention=attention,
+            kv_heads=self.geometry.kv_heads,
+            attention=self._spread(batch, scores, length),
+            recent=self._spread(batch, recent, length),
+            class_attention=self._class_attention(batch, length),
         )
-        keep = self.policy.select(context).cpu() if valid.any() else valid
-        batch.valid = valid
+        # One by one where features are wanted: all samples', padded to the longest, might not fit.
+        with_features = "features" in self.policy.looks_at
+        contexts = [self._with_features(batch, context, row) for row in range(len(valid))] if with_features else [context]
+        chosen = [self.policy.select(each) for each in contexts]
+        if self.policy.merges:
+            merges = zip(chosen, contexts, strict=True)
+            batch.targets = list(torch.cat([self.policy.merge(kept, each) for kept, each in merges]).cpu())
+        keep = torch.cat(chosen).cpu()
         if self.rows == "transformers":
             # Rows before the image see padding tiles too, where nothing is trimmed.
-            keep = keep | (keep == valid).all(-1, keepdim=True)
+            everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
+            keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
         return keep
+
+    def _spread(self, batch: _Batch, packed: list[Tensor] | None, length: int) -> Tensor | None:
+        """(B, H, N) of each sequence's (H, its features)."""
+        if packed is None:
+            return None
+        device = self.model.device
+        spread = torch.zeros(len(packed), self.geometry.heads, length, dtype=torch.float32, device=device)
+        for row, (seen, positions) in enumerate(zip(packed, batch.positions, strict=True)):
+            spread[row, :, positions.to(device)] = seen.to(device)
+        return spread
+
+    def _class_attention(self, batch: _Batch, length: int) -> Tensor | None:
+        if "class_attention" not in self.policy.looks_at:
+            return None
+        device = self.model.device
+        spread = torch.zeros(len(batch.sequences), length, dtype=torch.float32, device=device)
+        for row, sequence in enumerate(batch.sequences):
+            for i, encoded in enumerate(sequence.encoded):
+                assert encoded.class_attention is not None
+                start = i * self.max_tiles * self.tokens
+                spread[row, start : start + len(encoded.class_attention)] = encoded.class_attention.to(device)
+        return spread
+
+    def _with_features(self, batch: _Batch, context: VisualContext, row: int) -> VisualContext:
+        """The context of one sequence alone, with its features."""
+        features = torch.zeros(1, context.valid.shape[1], self.text.config.hidden_size, device=self.model.device)
+        if batch.sequences[row].encoded:
+            packed = batch.packed(row).to(features.device)
+            features = features.to(packed.dtype)
+            features[0, batch.positions[row].to(features.device)] = packed
+
+        def own(each: Tensor | None) -> Tensor | None:
+            return None if each is None else each[row : row + 1]
+
+        return replace(
+            context,
+            valid=context.valid[row : row + 1],
+            sample_ids=context.sample_ids[row : row + 1],
+            attention=own(context.attention),
+            recent=own(context.recent),
+            class_attention=own(context.class_attention),
+            features=features,
+        )
 
 
 class _Batch:
@@ -299,7 +409,17 @@ class _Batch:
         """Each sequence's kept features, as places among its packed ones."""
         self.groups: list[_Group | None] = []
         self.decided = False
+        self.targets: list[Tensor] = []
+        """(N,) long of each sequence: the kept position that each dropped one is merged into, -1 for none."""
+        self.held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sequences]
+        """Where each layer keeps a set of its own: each sequence's keys and values, layer by layer, until all are known."""
+        self.counts: list[list[int]] = [[] for _ in sequences]
+        """How many features each of these layers has kept, of all images."""
+        self.seen: Tensor | None = None
+        """(B, N) bool: what any of these layers has kept so far."""
         self.looks: list[_Look] = []
+        self.ends: list[int] = []
+        """Where each sequence's rows end, among the batch's rows that go through cross-attention layers."""
         blind: list[int] = []
         rows: list[int] = []
         start = 0
@@ -318,6 +438,7 @@ class _Batch:
                     self.looks.append(_Look(number, (len(rows), len(rows) + b - a), (ends[c], ends[d]), True))
                     rows += range(start + a, start + b)
             start += self.lengths[number]
+            self.ends.append(len(rows))
         device = prefill.model.device
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.blind = torch.tensor(blind, device=device) if blind else None
@@ -352,23 +473,69 @@ class _Batch:
         for row, sequence in enumerate(self.sequences):
             sequence.trim = self._record(row, keep, prefill)
 
+    def saw(self, keep: Tensor) -> None:
+        """Takes a note of (B, N) bool that a layer keeps for itself."""
+        self.seen = keep if self.seen is None else self.seen | keep
+
+    def keep_layers(self) -> None:
+        """Allocates and fills the segments of sequences of which each layer has kept a set of its own."""
+        self.decided = True
+        memory = self.prefill.memory
+        full = False
+        for sequence, layers in zip(self.sequences, self.held, strict=True):
+            if not layers:
+                continue
+            rows, keys = [key.shape[1] for key, _ in layers], [key.shape[2] for key, _ in layers]
+            widths = [value.shape[2] for _, value in layers]
+            sequence.segment = segment = memory.allocate(rows, keys, widths)
+            if segment is None:
+                sequence.cross_need = memory.segment_elements_for(rows, keys, widths)
+                full = True
+                continue
+            for index, layer in enumerate(layers):
+                for stored, kept in zip(memory.segment_layer(segment, index), layer, strict=True):
+                    stored.copy_(kept)
+        if full:
+            raise NoRoomError
+        assert self.seen is not None
+        for row, sequence in enumerate(self.sequences):
+            sequence.trim = self._record(row, self.seen, self.prefill)
+
+    def packed(self, number: int) -> Tensor:
+        """(n, width): a sequence's features, as ``positions`` has them."""
+        encoded = self.sequences[number].encoded
+        return _joined([e.features for e in encoded], encoded, self.prefill.tokens)
+
+    def merged(self, number: int, keep: Tensor) -> Tensor:
+        """``packed`` with what is merged into the rows that ``keep`` (n,) bool keeps."""
+        features, positions, targets = self.packed(number), self.positions[number], self.targets[number]
+        # -1 stands behind everything else, and stays -1.
+        places = torch.full((len(targets) + 1,), -1)
+        places[positions] = torch.arange(len(positions))
+        return merged(features, places[targets[positions]].to(features.device), keep.to(features.device))
+
     def _group(self, number: int, stored: tuple[int, int], mine: dict[Hashable, _Group]) -> _Group | None:
         """The sequence's group, its segment counted as used by it; None where there is no room."""
         memory, sequence, kept = self.prefill.memory, self.sequences[number], self.kept[number]
         share: Hashable = None
-        if stored == (0, len(kept)):
+        policy = self.prefill.policy
+        # What is merged, and which channels stay, may depend on the question.
+        alike = not policy.slices and (not policy.merges or policy.where == "features")
+        if stored == (0, len(kept)) and alike:
             which = None if len(kept) == self.features[number] else kept.numpy().tobytes()
             share = (tuple(image.key for image in sequence.request.images), which)
         segment = memory.find(share)
         if segment is not None:
             return mine.get(share) or _Group(None, stored, segment)
-        segment = memory.allocate([stored[1] - stored[0]] * memory.geometry.cross_layers, share=share)
+        layers, width = memory.geometry.cross_layers, memory.geometry.head_dim
+        rows, keys, widths = [stored[1] - stored[0]] * layers, [policy.key_width(width)] * layers, [width] * layers
+        segment = memory.allocate(rows, keys, widths, share)
         if segment is None:
-            rows = [stored[1] - stored[0]] * memory.geometry.cross_layers
-            widths = [memory.geometry.head_dim] * memory.geometry.cross_layers
-            sequence.cross_need = memory.segment_elements_for(rows, widths, widths)
+            sequence.cross_need = memory.segment_elements_for(rows, keys, widths)
             return None
-        features = _joined([e.features for e in sequence.encoded], sequence.encoded, self.prefill.tokens)
+        features = self.packed(number)
+        if policy.merges:
+            features = self.merged(number, torch.zeros(len(features), dtype=torch.bool).index_fill(0, kept, True))
         features = features if len(kept) == len(features) else features[kept.to(features.device)]
         group = _Group(features.to(self.rows.device), stored, segment)
         if share is not None:
@@ -386,7 +553,9 @@ class _Batch:
         own = len(self.sequences[row].request.images) * prefill.max_tiles * prefill.tokens
         valid, kept = self.valid[row, :own], keep[row, :own]
         allocated = segment.size * itemsize if segment else 0
-        return SampleTrim.of(valid, kept, self.lengths[row], prefill.geometry, itemsize, allocated)
+        rows = self.counts[row] or None
+        width = prefill.policy.key_width(prefill.geometry.head_dim)
+        return SampleTrim.of(valid, kept, self.lengths[row], prefill.geometry, itemsize, allocated, rows, width)
 
 
 def _joined(parts: Sequence[Tensor], encoded: Sequence[Encoded], tokens: int) -> Tensor:

@@ -104,7 +104,7 @@ class Engine:
         self.memory = _memory_for(model, kv_bytes)
         rotary = Rotary(model.model.language_model.rotary_emb)
         self.prefill = Prefill(model, policy, rows, self.memory, rotary)
-        self.decode = _decode_for(model, self.memory, rotary, max_sequences)
+        self.decode = _decode_for(model, self.memory, rotary, max_sequences, policy)
         self.waiting: deque[Sequence_] = deque()
         self.statistics = Statistics()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -178,6 +178,8 @@ class Engine:
         with self._arrived:
             if self.waiting or self.decode.running:
                 raise RuntimeError("the policy can't change while requests wait or run")
+            if policy.slices != self.policy.slices:
+                raise RuntimeError("a policy that slices keys needs an engine of its own")
             if "class_attention" in policy.looks_at - self.policy.looks_at:
                 # Images that are encoded already lack it.
                 self.images.clear()
@@ -389,9 +391,10 @@ class Engine:
         began = time.perf_counter()
         try:
             pictures = [image for _, image in together]
-            looks: Sequence[Tensor | None] = [None] * len(together)
+            seen: list[Tensor] = []
             if "class_attention" in self.policy.looks_at:
-                features, looks = self.tower.look(pictures)
+                features, attention = self.tower.look(pictures)
+                seen = list(attention)
             else:
                 features = self.tower.encode(pictures)
             self._synchronise()
@@ -402,10 +405,10 @@ class Engine:
         finally:
             self.seconds["tower"] += time.perf_counter() - began
         self.statistics.images_encoded += len(together)
-        for (owner, image), own, seen in zip(together, features, looks, strict=True):
+        for number, ((owner, image), own) in enumerate(zip(together, features, strict=True)):
             # A view would keep all of the batch's images.
-            own, seen = (t.clone() if t is not None and len(together) > 1 else t for t in (own, seen))
-            encoded = Encoded(len(image.pixels), own, seen)
+            encoded = Encoded(len(image.pixels), own.clone() if len(together) > 1 else own)
+            encoded.class_attention = seen[number].clone() if seen else None
             if self.images.limit_bytes:
                 self.images.put(image.key, encoded)
             owner.encoded.append(encoded)
@@ -566,10 +569,12 @@ def _memory_for(model: MllamaForConditionalGeneration, kv_bytes: int | Sequence[
     return ShardedMemory(geometries, kv_bytes, model.dtype, devices)
 
 
-def _decode_for(model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary, most: int) -> Decode:
+def _decode_for(
+    model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary, most: int, policy: Policy
+) -> Decode:
     # A graph is one device's. On several each step launches its kernels, behind which the weights of a model that needs
-    # several take their time to read.
-    if model.device.type != "cuda" or isinstance(memory, ShardedMemory):
+    # several take their time to read. And the graph's kernel wants keys as wide as values.
+    if model.device.type != "cuda" or isinstance(memory, ShardedMemory) or policy.slices:
         return Decode(model, memory, rotary)
     from trimming.engine.cuda import GraphDecode
 

@@ -10,29 +10,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimming.policies.policy import Policy, VisualContext, Where, check_ratio, no_scores
-from trimming.selection import ratio_budget
+from trimming.policies.policy import KeepShare, VisualContext, Where, no_scores
 
 
 @dataclass(frozen=True)
-class Grid(Policy):
+class Grid(KeepShare):
     """Keeps an evenly spaced lattice of patches in each real tile; the class token only once all patches are kept.
 
     A sample's budget is split evenly over its tiles, the remainder over the first ones.
     """
 
-    keep: float
-    """Share of the valid features, in (0, 1]."""
     where: ClassVar[Where] = "features"
-
-    def __post_init__(self) -> None:
-        check_ratio("keep", self.keep)
 
     def score(self, context: VisualContext) -> Tensor:
         return no_scores(context)
-
-    def budget(self, context: VisualContext) -> Tensor:
-        return ratio_budget(self.keep, context.valid)
 
     def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
         chosen = torch.zeros(context.valid.shape, dtype=torch.bool)

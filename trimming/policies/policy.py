@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from trimming.selection import at_least_one_per_image
+from trimming.selection import at_least_one_per_image, ratio_budget, top_k
 
 Where = Literal["features", "first_layer", "each_layer"]
 Look = Literal["features", "recent", "class_attention"]
@@ -42,8 +42,8 @@ class VisualContext:
     features: Tensor | None = None
     """(B, N, width): the projected features, anything where not valid."""
     class_attention: Tensor | None = None
-    """(B, N) float32: how much the class tokens of an image's tiles look at each token in the vision tower's last layer but one,
-    mean over heads and class tokens."""
+    """(B, N) float32: how much the class tokens of an image's tiles look at each token in the vision tower's last layer but
+    one, mean over heads and class tokens."""
 
 
 class Policy(ABC):
@@ -76,7 +76,7 @@ class Policy(ABC):
         of keys keeps a set of its own."""
 
     def select(self, context: VisualContext) -> Tensor:
-        """(B, N) bool, or (B, kv_heads, N): what stays. Only valid features do, and every image that has any keeps at least one."""
+        """(B, N) bool, or (B, kv_heads, N): what stays. Only valid features do, and every image keeps one at least."""
         scores = self.score(context)
         picked = self.pick(scores, self.budget(context), context)
         if picked.dim() == 3:
@@ -104,10 +104,34 @@ class Policy(ABC):
         raise NotImplementedError(f"{type(self).__name__} leaves out no channels")
 
 
+@dataclass(frozen=True)
+class KeepShare(Policy):
+    """A policy that keeps a share of each sample's valid features, to the nearest, at least one."""
+
+    keep: float
+    """Share of the valid features, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_ratio("keep", self.keep)
+
+    def budget(self, context: VisualContext) -> Tensor:
+        return ratio_budget(self.keep, context.valid)
+
+    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
+        return top_k(scores, budget, context.valid)[:, 0]
+
+
 def check_ratio(name: str, value: float) -> None:
     """Raise a ValueError unless ``value`` is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name}={value!r} is not a share of the features: give a number above 0 and at most 1")
+
+
+def given(looked_at: Tensor | None, name: str) -> Tensor:
+    """What the context has of this name. Raises ``ValueError`` where whoever asks has not filled it in."""
+    if looked_at is None:
+        raise ValueError(f"the policy needs {name} in its context")
+    return looked_at
 
 
 def no_scores(context: VisualContext) -> Tensor:

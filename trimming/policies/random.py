@@ -9,24 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimming.policies.policy import Policy, VisualContext, Where, check_ratio
-from trimming.selection import ratio_budget, top_k
+from trimming.policies.policy import KeepShare, VisualContext, Where
 
 
 @dataclass(frozen=True)
-class Random(Policy):
+class Random(KeepShare):
     """Keeps a uniformly drawn share of the valid features.
 
     The draw is seeded by ``seed`` and the sample's id: it depends neither on the sample's neighbours nor on a restart.
     """
 
-    keep: float
-    """Share of the valid features, in (0, 1]."""
     seed: int = 0
     where: ClassVar[Where] = "features"
-
-    def __post_init__(self) -> None:
-        check_ratio("keep", self.keep)
 
     def score(self, context: VisualContext) -> Tensor:
         scores = torch.zeros(context.valid.shape, dtype=torch.float32)
@@ -38,9 +32,3 @@ class Random(Policy):
             ranks = torch.randperm(int(valid[row].sum()), generator=generator)
             scores[row, valid[row]] = ranks.float()
         return scores.to(context.valid.device)[:, None]
-
-    def budget(self, context: VisualContext) -> Tensor:
-        return ratio_budget(self.keep, context.valid)
-
-    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
-        return top_k(scores, budget, context.valid)[:, 0]

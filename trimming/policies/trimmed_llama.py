@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trimming.policies.policy import Policy, VisualContext, Where, check_ratio
+from trimming.policies.policy import Policy, VisualContext, Where, check_ratio, given
 from trimming.selection import ratio_budget, top_k
 
 
@@ -32,9 +32,7 @@ class TrimmedLlama(Policy):
         check_ratio("k_ratio", self.k_ratio)
 
     def score(self, context: VisualContext) -> Tensor:
-        if context.attention is None:
-            raise ValueError("TrimmedLlama needs the first cross-attention layer's attention in its context")
-        return context.attention
+        return given(context.attention, "the first cross-attention layer's attention")
 
     def budget(self, context: VisualContext) -> Tensor:
         return ratio_budget(self.k_ratio, context.valid)

@@ -1,0 +1,37 @@
+"""DivPrune (arXiv 2503.02175, section 3): the features that are least alike, whatever is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimming.policies.policy import KeepShare, Look, VisualContext, Where, given, no_scores
+from trimming.selection import farthest_points
+
+
+@dataclass(frozen=True)
+class DivPrune(KeepShare):
+    """Solves max–min diversity greedily (algorithm 1): first the feature that is farthest from its nearest neighbour, then
+    always the one that is farthest from those chosen, by cosine distance."""
+
+    where: ClassVar[Where] = "features"
+    looks_at: ClassVar[frozenset[Look]] = frozenset({"features"})
+
+    def score(self, context: VisualContext) -> Tensor:
+        return no_scores(context)
+
+    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
+        chosen = torch.zeros_like(context.valid)
+        for row, features in enumerate(given(context.features, "features")):
+            places = context.valid[row].nonzero()[:, 0]
+            if len(places):
+                unit = F.normalize(features[places].float(), dim=-1)
+                distances = 1 - unit @ unit.T
+                alone = distances.fill_diagonal_(torch.inf).min(-1).values
+                distances.fill_diagonal_(0)
+                chosen[row, places[farthest_points(distances, int(budget[row]), int(alone.argmax()))]] = True
+        return chosen

@@ -1,0 +1,66 @@
+"""ThinK (arXiv 2407.21018, section 3.2): of each head's keys only the channels that queries use most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trimming.policies.keep_all import KeepAll
+from trimming.policies.policy import Look, Policy, VisualContext, Where, check_ratio
+
+
+@dataclass(frozen=True)
+class ThinK(Policy):
+    """Each layer's every head of keys keeps the channels with the largest product of norms, of the prompt's queries and of the
+    kept keys, ‖Q_i‖ · ‖K_i‖ (equation 2); queries are cut alike when decoding, and scaled as for all channels.
+
+    Of which features those keys are is another policy's decision. Values stay whole.
+    """
+
+    keep: float
+    """Share of the key channels, in (0, 1]."""
+    policy: Policy = field(default_factory=KeepAll)
+
+    slices = True
+
+    def __post_init__(self) -> None:
+        check_ratio("keep", self.keep)
+        if self.policy.slices:
+            raise ValueError("the channels of keys can be cut once: give a policy that leaves them whole")
+
+    @property
+    def where(self) -> Where:  # type: ignore[override]
+        return self.policy.where
+
+    @property
+    def looks_at(self) -> frozenset[Look]:  # type: ignore[override]
+        return self.policy.looks_at
+
+    @property
+    def recent_rows(self) -> int:  # type: ignore[override]
+        return self.policy.recent_rows
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        return self.policy.merges
+
+    def score(self, context: VisualContext) -> Tensor:
+        return self.policy.score(context)
+
+    def budget(self, context: VisualContext) -> Tensor:
+        return self.policy.budget(context)
+
+    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
+        return self.policy.pick(scores, budget, context)
+
+    def merge(self, kept: Tensor, context: VisualContext) -> Tensor:
+        return self.policy.merge(kept, context)
+
+    def key_width(self, head_dim: int) -> int:
+        return max(1, round(self.keep * head_dim))
+
+    def channels(self, query: Tensor, key: Tensor) -> Tensor:
+        used = query.float().square().sum(1) * key.float().square().sum(1)
+        best: Tensor = used.topk(self.key_width(key.shape[-1]), dim=-1).indices
+        return best.sort(-1).values
