@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 Job = Literal["answer", "caption"]
-PolicyName = Literal["none", "trimmed-llama", "random", "grid"]
 RowSemantics = Literal["meta", "transformers"]
 TowerTiles = Literal["all", "real"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-POLICY_OPTIONS: dict[str, dict[str, float]] = {
-    "none": {},
-    "trimmed-llama": {"k_ratio": 0.25},
-    "random": {"keep": 0.5},
-    "grid": {"keep": 0.5},
+POLICIES: dict[str, tuple[str, dict[str, float]]] = {
+    "none": ("KeepAll", {}),
+    "trimmed-llama": ("TrimmedLlama", {"k_ratio": 0.25}),
+    "random": ("Random", {"keep": 0.5}),
+    "grid": ("Grid", {"keep": 0.5}),
+    "fastv": ("FastV", {"keep": 0.5}),
+    "zipvl": ("ZipVL", {"mass": 0.95}),
+    "snapkv": ("SnapKV", {"keep": 0.5}),
+    "elastic": ("ElasticCache", {"keep": 0.5}),
+    "divprune": ("DivPrune", {"keep": 0.5}),
+    "visionzip": ("VisionZip", {"keep": 0.5}),
+    "weighted-farthest": ("WeightedFarthest", {"keep": 0.5}),
+    "think": ("ThinK", {"keep": 0.5}),
 }
-"""The options that each policy takes, with their defaults."""
+"""By the name that ``--policy`` takes: its class in ``trimming``, and its options with their defaults. A new policy is a line
+here."""
+POLICY_OPTIONS: dict[str, dict[str, float]] = {name: options for name, (_, options) in POLICIES.items()}
+
+if TYPE_CHECKING:
+    PolicyName = str
+else:
+    PolicyName = Literal[tuple(POLICIES)]
 
 # What decides a row's answer. The rest (actors, batches, where the cluster is) may change between a run and its continuation.
 _DECIDES = (
@@ -26,6 +40,8 @@ _DECIDES = (
     "policy",
     "k_ratio",
     "keep",
+    "mass",
+    "key_channels",
     "rows",
     "dtype",
     "prompt",
@@ -78,7 +94,14 @@ class RunConfig:
     """trimmed-llama: share of the visual tokens that each head picks, 0 < K <= 1; default 0.25."""
 
     keep: float | None = None
-    """random, grid: share of the visual tokens kept, 0 < keep <= 1; default 0.5."""
+    """All policies but none, trimmed-llama and zipvl: share of the visual tokens kept (think: of the key channels),
+    0 < keep <= 1; default 0.5."""
+
+    mass: float | None = None
+    """zipvl: share of each layer's attention that what it keeps holds, 0 < mass <= 1; default 0.95."""
+
+    key_channels: float | None = None
+    """Share of the channels of the kept keys that stay, with any policy (ThinK), 0 < share <= 1; default: all."""
 
     rows: RowSemantics = "meta"
     """What text before the image sees of it: nothing (``meta``, as trained), or everything (``transformers``)."""
@@ -231,7 +254,11 @@ class RunConfig:
 
     def _check_policy(self) -> None:
         takes = POLICY_OPTIONS[self.policy]
-        for name in ("k_ratio", "keep"):
+        if self.key_channels is not None and not 0 < self.key_channels <= 1:
+            raise ValueError(f"key_channels={self.key_channels} must lie in (0, 1]; leave it out to keep all channels")
+        if self.key_channels is not None and self.policy == "think":
+            raise ValueError(f"key_channels={self.key_channels} and policy='think' cut the same channels; give one of them")
+        for name in ("k_ratio", "keep", "mass"):
             value = getattr(self, name)
             if value is None:
                 continue

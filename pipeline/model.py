@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import RunConfig
+from pipeline.config import POLICIES, RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -150,18 +150,12 @@ def load_model(checkpoint: Checkpoint, dtype: str, devices: Sequence[torch.devic
 
 def build_policy(config: RunConfig) -> Policy:
     """The policy that the configuration names."""
-    from trimming import Grid, KeepAll, Random, TrimmedLlama
+    import trimming
 
-    options = config.policy_options
-    match config.policy:
-        case "none":
-            return KeepAll()
-        case "trimmed-llama":
-            return TrimmedLlama(k_ratio=options["k_ratio"])
-        case "random":
-            return Random(keep=options["keep"], seed=config.seed)
-        case "grid":
-            return Grid(keep=options["keep"])
+    kind = getattr(trimming, POLICIES[config.policy][0])
+    seeded = {"seed": config.seed} if "seed" in kind.__dataclass_fields__ else {}
+    policy: Policy = kind(**config.policy_options, **seeded)
+    return policy if config.key_channels is None else trimming.ThinK(config.key_channels, policy)
 
 
 def versions() -> dict[str, str]:

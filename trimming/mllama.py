@@ -359,7 +359,8 @@ class _Surgery:
         key: Tensor,
         value: Tensor,
     ) -> None:
-        """Fills the cache with a layer's kept keys and values (B, KV, L, D). ``asked``: queries, rows that see an image, mask."""
+        """Fills the cache with a layer's kept keys and values (B, KV, L, D). ``asked``: queries, rows that see an image, and
+        the mask."""
         if cache is None:
             return
         channels = None
@@ -375,9 +376,7 @@ class _Surgery:
                 "trim needs a dynamic cache, which is generate's default"
             )
 
-    def channels_of(
-        self, kept: _Kept, sample: int, query: Tensor, rows: Tensor, mask: Tensor | None, key: Tensor
-    ) -> Tensor:
+    def channels_of(self, kept: _Kept, sample: int, query: Tensor, rows: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:
         """(KV, d) long of one sample, by the keys that decoding will see and the rows that see these: the last image's."""
         heads, asking = key.shape[1], rows[sample].to(query.device)
         present, index = (t[sample].to(key.device).expand(heads, -1) for t in (kept.present, kept.index))

@@ -23,7 +23,7 @@ CHUNK_ROWS = 65_536
 _READERS = 8
 _RUN = re.compile(r"run(-\d+-of-(\d+))?\.json")
 # What is compared belongs to the name, what is the same in both runs does not.
-_NAMED = ("max_tiles",)
+_NAMED = ("max_tiles", "key_channels")
 
 
 @dataclass(frozen=True, slots=True)
