@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-picture train-demo bench bench-gpu test browser soak lint clean
+.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-picture train-demo bench bench-gpu pareto test browser soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
@@ -54,6 +54,9 @@ bench: .venv ## measure the engine beside transformers' generate on this machine
 
 bench-gpu: .venv ## the same at the 11B's size on one GPU, beside its roofline; says so where there is none
 	$(BIN)/python -m benchmarks.gpu --output benchmarks/results
+
+pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal KV bytes, and draw quality against bytes and time (half an hour; resumable)
+	$(BIN)/python -m benchmarks.pareto --output benchmarks/results
 
 browser: ## install Debian's Chromium, in which tests open the report, where it is missing and apt may be used
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \

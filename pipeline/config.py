@@ -19,11 +19,13 @@ POLICIES: dict[str, tuple[str, dict[str, float]]] = {
     "fastv": ("FastV", {"keep": 0.5}),
     "zipvl": ("ZipVL", {"mass": 0.95}),
     "snapkv": ("SnapKV", {"keep": 0.5}),
+    "csp": ("SnapKV", {"keep": 0.5}),
     "elastic": ("ElasticCache", {"keep": 0.5}),
     "divprune": ("DivPrune", {"keep": 0.5}),
     "visionzip": ("VisionZip", {"keep": 0.5}),
     "weighted-farthest": ("WeightedFarthest", {"keep": 0.5}),
     "think": ("ThinK", {"keep": 0.5}),
+    "spread": ("Spread", {"keep": 0.5}),
 }
 """By the name that ``--policy`` takes: its class in ``trimming``, and its options with their defaults. A new policy is a line
 here."""

@@ -131,6 +131,34 @@ def test_kept_positions_and_grids(config: Any, table: pa.Table, tmp_path: Any) -
             assert all(k // 65 % 4 < grids[k // (4 * 65)] for k in row["kept"])
 
 
+def test_a_policy_of_the_family_by_name(config: Any, table: pa.Table, tmp_path: Any) -> None:
+    """``snapkv`` keeps its share in every layer and head, ``key_channels`` half of the keys' channels of what is kept."""
+    whole, _ = answer(config, table, tmp_path, policy="none")
+    rows, stats = answer(config, table, tmp_path, policy="snapkv", keep=0.25, write_kept=True)
+    assert stats["errors"] == len(BAD)
+    thin, _ = answer(config, table, tmp_path, policy="none", key_channels=0.5)
+    thinner, _ = answer(config, table, tmp_path, policy="snapkv", keep=0.25, key_channels=0.5)
+    for full, row, sliced, both in zip(whole, rows, thin, thinner, strict=True):
+        assert row["error"] == full["error"]
+        if row["error"] is not None:
+            assert row["kept"] is row["keep_fraction"] is row["cross_kv_bytes"] is None
+            continue
+        there = full["visual_tokens"]
+        assert row["cross_kv_bytes_full"] == full["cross_kv_bytes"]
+        if not there:
+            assert (row["kept"], row["keep_fraction"], row["cross_kv_bytes"]) == ([], None, 0)
+            continue
+        assert row["keep_fraction"] == row["kept_visual_tokens"] / there == pytest.approx(0.25, abs=0.01)
+        assert row["cross_kv_bytes"] * there == full["cross_kv_bytes"] * row["kept_visual_tokens"]
+        # Whatever any layer and head kept.
+        assert row["kept_visual_tokens"] < len(row["kept"]) <= there
+        assert row["kept"] == sorted(set(row["kept"]))
+        assert (sliced["keep_fraction"], both["keep_fraction"]) == (1.0, row["keep_fraction"])
+        # Keys and values were as wide.
+        assert sliced["cross_kv_bytes"] * 4 == full["cross_kv_bytes"] * 3
+        assert both["cross_kv_bytes"] * 4 == row["cross_kv_bytes"] * 3
+
+
 def test_fewer_tiles(config: Any, table: pa.Table, tmp_path: Any) -> None:
     full, whole = answer(config, table, tmp_path, write_kept=True)
     assert answer(config, table, tmp_path, write_kept=True, max_tiles=4)[0] == full

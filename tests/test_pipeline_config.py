@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from pipeline.config import RunConfig
+from pipeline.config import POLICIES, RunConfig
+from pipeline.model import build_policy
 
 GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model": "m"}
 
@@ -17,6 +18,15 @@ GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model
         ({"policy": "none", "keep": 0.5}, r"keep=0\.5"),
         ({"k_ratio": 0.0}, r"k_ratio=0\.0 must lie in \(0, 1\]"),
         ({"policy": "random", "keep": 1.5}, r"keep=1\.5"),
+        ({"policy": "zipvl", "keep": 0.5}, r"keep=0\.5 means nothing to policy='zipvl'; .*'random'"),
+        ({"policy": "snapkv", "mass": 0.9}, r"mass=0\.9 means nothing to policy='snapkv'; .*'zipvl'"),
+        ({"mass": 0.9}, r"mass=0\.9 .*policy='trimmed-llama'"),
+        ({"policy": "zipvl", "mass": 0.0}, r"mass=0\.0 must lie in \(0, 1\]"),
+        ({"policy": "zipvl", "mass": 1.01}, r"mass=1\.01 must lie in \(0, 1\]"),
+        ({"policy": "fastv", "k_ratio": 0.5}, r"k_ratio=0\.5 .*policy='fastv'"),
+        ({"key_channels": 0.0}, r"key_channels=0\.0 must lie in \(0, 1\]; leave it out"),
+        ({"key_channels": 2.0}, r"key_channels=2\.0 must lie in \(0, 1\]"),
+        ({"policy": "think", "key_channels": 0.5}, r"key_channels=0\.5 and policy='think' cut the same channels"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
         ({"batch_size": -1}, r"batch_size=-1"),
         ({"limit": 0}, r"limit=0"),
@@ -48,6 +58,38 @@ def test_policies_take_their_own_options() -> None:
     assert RunConfig(**GIVEN, policy="grid").policy_options == {"keep": 0.5}
     assert RunConfig(**GIVEN, policy="random", keep=0.1).policy_options == {"keep": 0.1}
     assert RunConfig(**GIVEN, policy="none").policy_options == {}
+
+
+def test_every_policy_of_the_table_can_be_asked_for_by_name() -> None:
+    import trimming
+
+    assert set(get_args(get_type_hints(RunConfig)["policy"])) == set(POLICIES)
+    kinds = {kind for kind, _ in POLICIES.values()}
+    assert kinds == {name for name in trimming.__all__ if _is_policy(getattr(trimming, name))}
+
+
+def _is_policy(value: Any) -> bool:
+    from trimming import Policy
+
+    return isinstance(value, type) and issubclass(value, Policy) and value is not Policy
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_name_and_its_options_make_the_policy(name: str) -> None:
+    import trimming
+
+    kind, defaults = POLICIES[name]
+    given = dict.fromkeys(defaults, 0.125)
+    for config, options in ((RunConfig(**GIVEN, policy=name), defaults), (RunConfig(**GIVEN, policy=name, **given), given)):
+        policy = build_policy(config)
+        assert type(policy) is getattr(trimming, kind)
+        assert {option: getattr(policy, option) for option in options} == options
+        assert config.policy_options == options
+        assert {option: config.recorded()[option] for option in options} == options
+    if name != "think":
+        channels = RunConfig(**GIVEN, policy=name, key_channels=0.5)
+        assert build_policy(channels) == trimming.ThinK(0.5, build_policy(RunConfig(**GIVEN, policy=name)))
+        assert channels.decides_output() != RunConfig(**GIVEN, policy=name).decides_output()
 
 
 def test_secrets_are_never_recorded() -> None:

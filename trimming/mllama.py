@@ -301,8 +301,8 @@ class _Surgery:
                 recent = summed_attention(query, key, mask, last, module.scaling)
             self.decide(prefill, states, attention, recent)
         assert prefill.kept is not None
-        assert prefill.states is not None
         if self.policy.merges:
+            assert prefill.states is not None
             kept_key, kept_value = self.project(module, prefill.states)
         else:
             kept_key, kept_value = prefill.kept.gather_heads(key), prefill.kept.gather_heads(value)
@@ -314,6 +314,11 @@ class _Surgery:
         assert valid is not None
         tokens = self.model.model.vision_model.num_patches
         tiles = self.model.config.vision_config.max_num_tiles
+
+        def here(looked_at: Tensor | None) -> Tensor | None:
+            # Layers may be on several devices, and the vision tower on another.
+            return None if looked_at is None else looked_at.to(valid.device)
+
         context = VisualContext(
             valid=valid,
             images=valid.shape[1] // (tiles * tokens),
@@ -321,20 +326,23 @@ class _Surgery:
             tokens=tokens,
             sample_ids=self.sample_ids(prefill.batch),
             kv_heads=self.cross_layers[0].cross_attn.num_key_value_heads,
-            attention=attention,
-            recent=recent,
-            features=states if "features" in self.policy.looks_at else None,
-            class_attention=prefill.class_attention,
+            attention=here(attention),
+            recent=here(recent),
+            features=here(states) if "features" in self.policy.looks_at else None,
+            class_attention=here(prefill.class_attention),
         )
         keep = self.policy.select(context)
         if self.policy.merges:
             targets = self.policy.merge(keep, context)
-            states = torch.stack([merged(*each) for each in zip(states, targets.to(states.device), keep, strict=True)])
+            states = torch.stack(
+                [merged(*each) for each in zip(states, *(t.to(states.device) for t in (targets, keep)), strict=True)]
+            )
         if self.rows == "transformers":
             everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
             keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
         prefill.kept = _Kept.of(keep)
-        prefill.states = prefill.kept.gather(states)
+        if self.policy.where != "each_layer" or self.policy.merges:
+            prefill.states = prefill.kept.gather(states)
         if self.policy.where == "each_layer":
             stayed = keep & (valid if keep.dim() == 2 else valid[:, None])
             prefill.counts.append(stayed.flatten(1).sum(-1) // (1 if keep.dim() == 2 else keep.shape[1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def ratio_budget(ratio: float, valid: Tensor) -> Tensor:
@@ -98,6 +99,13 @@ def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep[:, None], (sums / counts[:, None]).to(features.dtype), features)
 
 
+def cosine_distances(features: Tensor) -> Tensor:
+    """One minus the cosine of each two rows of (n, width): (n, n) float32, never negative, 0 on the diagonal."""
+    unit = F.normalize(features.float(), dim=-1)
+    # What rounding leaves of nothing must not rank points that lie on each other.
+    return (1 - unit @ unit.T).clamp(min=0).fill_diagonal_(0)
+
+
 def farthest_points(distances: Tensor, count: int, first: int, weights: Tensor | None = None) -> Tensor:
     """Greedy max–min choice: ``first``, then always the point whose distance to those chosen, times its weight, is largest.
 
@@ -105,18 +113,20 @@ def farthest_points(distances: Tensor, count: int, first: int, weights: Tensor |
         distances: (n, n), 0 on the diagonal.
         count: how many to choose, at most n.
         first: the first one.
-        weights: (n,), default 1.
+        weights: (n,), none negative; default 1.
 
     Returns:
         (count,) long, in the order of their choice; ties go to the lower one.
     """
-    nearest = distances[first].clone()
+    nearest = torch.full_like(distances[0], torch.inf)
     taken = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
     chosen = torch.full((count,), first, device=distances.device)
     for place in range(1, count):
-        taken[chosen[place - 1]] = True
+        # A slice of one: a lone number as an index would wait for the device.
+        last = chosen[place - 1 : place]
+        taken[last] = True
+        nearest = torch.minimum(nearest, distances[last][0])
         worth = nearest if weights is None else nearest * weights
         # Points that lie on chosen ones are still to be had once nothing else is.
         chosen[place] = worth.masked_fill(taken, -torch.inf).argmax()
-        nearest = torch.minimum(nearest, distances[chosen[place]])
     return chosen

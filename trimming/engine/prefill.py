@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,8 @@ from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import merged
 
+DECISIONS = 1024
+"""Images, or rows of images, of which it is remembered what stays."""
 # Elements of the scores of one chunk of text rows: 64 MB in fp32.
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -96,12 +99,17 @@ class Prefill:
         self.max_tiles: int = model.config.vision_config.max_num_tiles
         self.is_cross = crosses(model)
         self.stages = stages(model)
+        # What was decided by images alone, the oldest dropped first.
+        self._decided: OrderedDict[Hashable, tuple[Tensor, Tensor | None]] = OrderedDict()
 
     def __call__(self, sequences: Sequence[Sequence_]) -> Tensor:
         """Logits (B, V) of the token after each prompt. Sets each sequence's ``segment`` and ``trim``.
 
         Raises ``NoRoomError``.
         """
+        for sequence in sequences:
+            # An earlier prefill of it may have broken off, or its decoding.
+            sequence.channels = []
         batch = _Batch(self, sequences)
         try:
             return self._run(batch)
@@ -253,8 +261,11 @@ class Prefill:
         last = {look.sequence: look.features for look in batch.looks}
         for number, (low, high) in last.items():
             key, value = keys[number]
-            packed = keep[number][..., batch.positions[number]].to(key.device)
-            batch.counts[number].append(int(packed.sum()) // (len(key) if packed.dim() == 2 else 1))
+            packed = keep[number][..., batch.positions[number]]
+            # Padding tiles, which transformers' rows keep where nothing is trimmed, are not counted.
+            stayed = packed & batch.valid[number, batch.positions[number]]
+            batch.counts[number].append(int(stayed.sum()) // (len(key) if packed.dim() == 2 else 1))
+            packed = packed.to(key.device)
             packed[..., :low] = packed[..., high:] = False
             key, value = self._kept(attention, batch, number, packed, key, value)
             batch.held[number].append((self._slice(batch, number, query, key), value))
@@ -273,7 +284,8 @@ class Prefill:
         places = keep.nonzero()[:, 0]
         if not self.policy.merges:
             return key[:, places], value[:, places]
-        features = batch.merged(number, keep)[places].to(key.device)
+        features = batch.merged(number, keep)
+        features = features[places.to(features.device)].to(key.device)
         key, value = cross_projections(attention, features)
         return key.transpose(0, 1), value.transpose(0, 1)
 
@@ -333,19 +345,37 @@ class Prefill:
             recent=self._spread(batch, recent, length),
             class_attention=self._class_attention(batch, length),
         )
-        # One by one where features are wanted: all samples', padded to the longest, might not fit.
-        with_features = "features" in self.policy.looks_at
-        contexts = [self._with_features(batch, context, row) for row in range(len(valid))] if with_features else [context]
-        chosen = [self.policy.select(each) for each in contexts]
+        if "features" in self.policy.looks_at:
+            # One by one: all samples' features, padded to the longest, might not fit.
+            decided = [self._decide_alone(batch, context, row) for row in range(len(valid))]
+        else:
+            decided = [self._decide(context)]
+        keep = torch.cat([kept for kept, _ in decided])
         if self.policy.merges:
-            merges = zip(chosen, contexts, strict=True)
-            batch.targets = list(torch.cat([self.policy.merge(kept, each) for kept, each in merges]).cpu())
-        keep = torch.cat(chosen).cpu()
+            batch.targets = [targets for _, several in decided if several is not None for targets in several]
         if self.rows == "transformers":
             # Rows before the image see padding tiles too, where nothing is trimmed.
             everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
             keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
         return keep
+
+    def _decide(self, context: VisualContext) -> tuple[Tensor, Tensor | None]:
+        """On the CPU: what stays, and where the rest goes if it is merged."""
+        kept = self.policy.select(context)
+        return kept.cpu(), self.policy.merge(kept, context).cpu() if self.policy.merges else None
+
+    def _decide_alone(self, batch: _Batch, context: VisualContext, row: int) -> tuple[Tensor, Tensor | None]:
+        """``_decide`` for one sequence, with its features; once for all questions about its images, where none is looked at."""
+        images = tuple(image.key for image in batch.sequences[row].request.images)
+        whose = (self.policy, images, context.valid.shape[1]) if self.policy.where == "features" else None
+        if whose not in self._decided:
+            decided = self._decide(self._with_features(batch, context, row))
+            if whose is None:
+                return decided
+            self._decided[whose] = decided
+            while len(self._decided) > DECISIONS:
+                self._decided.popitem(last=False)
+        return self._decided[whose]
 
     def _spread(self, batch: _Batch, packed: list[Tensor] | None, length: int) -> Tensor | None:
         """(B, H, N) of each sequence's (H, its features)."""

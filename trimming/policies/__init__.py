@@ -8,6 +8,7 @@ from trimming.policies.keep_all import KeepAll
 from trimming.policies.policy import KeepShare, Policy, VisualContext
 from trimming.policies.random import Random
 from trimming.policies.snapkv import SnapKV
+from trimming.policies.spread import Spread
 from trimming.policies.think import ThinK
 from trimming.policies.trimmed_llama import TrimmedLlama
 from trimming.policies.visionzip import VisionZip
@@ -24,6 +25,7 @@ __all__ = [
     "Policy",
     "Random",
     "SnapKV",
+    "Spread",
     "ThinK",
     "TrimmedLlama",
     "VisionZip",

@@ -7,16 +7,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimming.policies.policy import KeepShare, Look, VisualContext, Where, given, no_scores
-from trimming.selection import farthest_points
+from trimming.selection import cosine_distances, farthest_points
 
 
 @dataclass(frozen=True)
 class DivPrune(KeepShare):
     """Solves max–min diversity greedily (algorithm 1): first the feature that is farthest from its nearest neighbour, then
-    always the one that is farthest from those chosen, by cosine distance."""
+    always the one that is farthest from those chosen, by cosine distance.
+
+    Projected features are compared, of all the sample's images together, class tokens among them; the paper has one image and
+    no class token. The choice depends on the images alone, so that all questions about them share what is kept.
+    """
 
     where: ClassVar[Where] = "features"
     looks_at: ClassVar[frozenset[Look]] = frozenset({"features"})
@@ -29,9 +32,7 @@ class DivPrune(KeepShare):
         for row, features in enumerate(given(context.features, "features")):
             places = context.valid[row].nonzero()[:, 0]
             if len(places):
-                unit = F.normalize(features[places].float(), dim=-1)
-                distances = 1 - unit @ unit.T
-                alone = distances.fill_diagonal_(torch.inf).min(-1).values
-                distances.fill_diagonal_(0)
+                distances = cosine_distances(features[places])
+                alone = distances.clone().fill_diagonal_(torch.inf).min(-1).values
                 chosen[row, places[farthest_points(distances, int(budget[row]), int(alone.argmax()))]] = True
         return chosen

@@ -17,7 +17,9 @@ class ElasticCache(KeepShare):
     averages every other one into the nearest that stays, along the order of patches, within its image.
 
     As the paper has it; its published code compares ``argsort`` with a count, which ranks nothing. The paper averages keys and
-    values; here projected features are averaged, as a mean of normed keys would be shorter than any of them.
+    values; here projected features are averaged, as a mean of normed keys would be shorter than any of them. Of two that are as
+    near the earlier one takes it, as in the code. The first tokens and the last one, which the code always keeps, are a text's,
+    and so is what the paper does while the answer grows: the features of an image are all there from the start.
     """
 
     where: ClassVar[Where] = "each_layer"

@@ -15,7 +15,9 @@ class FastV(KeepShare):
     """Ranks features by the attention of the prompt's last row, mean over heads, and keeps the best for all layers behind.
 
     The paper speaks of the attention received from all tokens; its code takes the last token's alone, and so does this. FastV
-    prunes behind the K-th layer of a decoder (K = 2 as published); here that is the first cross-attention layer.
+    prunes behind the K-th layer of a decoder (K = 2 as published); here that is the first cross-attention layer, whose own
+    cache is trimmed too. Text sees the image before it: with several, the last row gives the earlier images no score, and they
+    keep one feature each until the last image has all of its own.
     """
 
     where: ClassVar[Where] = "first_layer"

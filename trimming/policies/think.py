@@ -13,9 +13,11 @@ from trimming.policies.policy import Look, Policy, VisualContext, Where, check_r
 @dataclass(frozen=True)
 class ThinK(Policy):
     """Each layer's every head of keys keeps the channels with the largest product of norms, of the prompt's queries and of the
-    kept keys, ‖Q_i‖ · ‖K_i‖ (equation 2); queries are cut alike when decoding, and scaled as for all channels.
+    kept keys, ‖Q_i‖ · ‖K_i‖ = ‖Q_i K_iᵀ‖_F (equation 2); queries are cut alike when decoding, and scaled as for all channels.
 
-    Of which features those keys are is another policy's decision. Values stay whole.
+    Of which features those keys are is another policy's decision. Values stay whole. The paper's queries are those of the last
+    32 rows, to spare computing; here of all rows that see what decoding will see, and of all query heads that share the keys.
+    The most recent keys, which the paper leaves whole, are a text's.
     """
 
     keep: float
@@ -62,5 +64,6 @@ class ThinK(Policy):
 
     def channels(self, query: Tensor, key: Tensor) -> Tensor:
         used = query.float().square().sum(1) * key.float().square().sum(1)
-        best: Tensor = used.topk(self.key_width(key.shape[-1]), dim=-1).indices
-        return best.sort(-1).values
+        # Stable, so that equals do not depend on the device's order: the lower one stays.
+        ranked: Tensor = used.argsort(dim=-1, descending=True, stable=True)
+        return ranked[:, : self.key_width(key.shape[-1])].sort(-1).values

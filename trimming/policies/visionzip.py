@@ -22,8 +22,10 @@ class VisionZip(KeepShare):
     evenly spaced ones stay as contextual features, and all that is left is averaged into the contextual feature of its image
     that it is most alike.
 
-    The paper compares the tower's keys; here projected features are compared, by their cosine. A tower with several tiles has
-    as many class tokens, whose attention is averaged.
+    The paper compares the tower's keys; here projected features are compared, by their cosine. Its code adds the mean of what
+    is merged to the contextual feature, which doubles its length; here all of them have one mean. Its code keeps the class
+    token whatever its score; here class tokens are ranked like others, and a tower with several tiles has as many of them,
+    whose attention is averaged.
     """
 
     where: ClassVar[Where] = "features"

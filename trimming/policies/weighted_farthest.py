@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimming.policies.policy import KeepShare, Look, VisualContext, Where, given
-from trimming.selection import farthest_points
+from trimming.selection import cosine_distances, farthest_points
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,8 @@ class WeightedFarthest(KeepShare):
     """DivPrune's greedy choice (arXiv 2503.02175, algorithm 1) after the first cross-attention layer, each cosine distance
     weighted by the attention that the feature got there, mean over heads: the first is the most attended one.
 
-    Attention alone keeps many features that say the same, diversity alone keeps what nobody asked about.
+    A cross of two, and no paper's: attention alone keeps many features that say the same, diversity alone keeps what nobody
+    asked about.
     """
 
     where: ClassVar[Where] = "first_layer"
@@ -33,7 +33,7 @@ class WeightedFarthest(KeepShare):
             places = context.valid[row].nonzero()[:, 0]
             if len(places):
                 weights = scores[row, 0, places]
-                unit = F.normalize(features[places].float(), dim=-1)
-                picked = farthest_points(1 - unit @ unit.T, int(budget[row]), int(weights.argmax()), weights)
+                distances = cosine_distances(features[places])
+                picked = farthest_points(distances, int(budget[row]), int(weights.argmax()), weights)
                 chosen[row, places[picked]] = True
         return chosen

@@ -17,7 +17,9 @@ class ZipVL(Policy):
     """Each layer keeps the fewest features whose attention adds up to ``mass`` of all, by its own attention: the sharper a
     layer's attention, the less it keeps. Attention is the mean over heads and over the text rows that see the image.
 
-    The paper also leaves unimportant tokens out of the prefill's attention and stores them in fewer bits; here they go.
+    Accumulated scores decide how many, and here which: the paper ranks by scores over the number of rows that see a token,
+    which is one number for all features of an image; with several images, those that more rows see count for more. The paper's
+    prefill attends to important tokens alone, found by probe rows; here it attends to all, and decoding to what is kept.
     """
 
     mass: float

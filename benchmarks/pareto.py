@@ -1,0 +1,118 @@
+"""Measure every policy at equal cost: ``python -m benchmarks.pareto --output benchmarks/results``.
+
+All contenders of ``benchmarks/pareto_contenders.py``, on the demo model over both demo sets, at equal measured KV bytes; fewer
+tiles and lower resolution beside them. Writes ``pareto.json``, ``pareto.md``, ``pareto-kv.svg`` and ``pareto-time.svg``. What
+is finished is kept in a journal under ``--work``: the same command continues, and a new policy is measured alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from demo import scenes, shards
+from demo.table import ROOT, write
+
+if TYPE_CHECKING:
+    from benchmarks.pareto_run import Entry, Study
+
+SAY_EVERY = 20.0
+"""Seconds between two lines of progress."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--output", type=Path, required=True, help="folder of pareto.json, pareto.md and the plots")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/pareto", help="folder of the journal (default: %(default)s)")
+    parser.add_argument(
+        "--easy-vqa", type=int, metavar="N", default=shards.EASY_VQA_QUESTIONS["test"], help="default: %(default)s, all"
+    )
+    parser.add_argument(
+        "--scenes", type=int, metavar="N", default=500, help="scenes, six questions each (default: %(default)s)"
+    )
+    parser.add_argument("--blocks", type=int, metavar="N", default=5, help="parts of each set, in which policies take turns")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; default: torch's own choice")
+    parser.add_argument("--page", action="store_true", help="write the page anew from pareto.json, and measure nothing")
+    options = parser.parse_args(arguments)
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "pareto.json"
+    if options.page:
+        report = json.loads(file.read_text())
+    else:
+        report = measured(options)
+        write(file, text(report))
+
+    from benchmarks.pareto_page import markdown
+    from benchmarks.pareto_plots import plots
+
+    for name, svg in plots(report).items():
+        write(options.output / f"{name}.svg", svg)
+    write(options.output / "pareto.md", markdown(report))
+    print(markdown(report))
+    return 0
+
+
+def text(report: dict[str, Any]) -> str:
+    """JSON with a line for each innermost object."""
+    return re.sub(r"\{[^{}\[\]]*\}", lambda found: " ".join(found[0].split()), json.dumps(report, indent=1)) + "\n"
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """The contents of ``pareto.json``, from the journal and from what it lacks."""
+    import torch
+
+    from benchmarks.pareto_results import result
+    from benchmarks.pareto_run import Bench, DataSet, Journal, Study
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{(time.monotonic() - began) / 60:5.1f} min] {line}", file=sys.stderr, flush=True)
+
+    sets = [
+        DataSet("easy-vqa-test", list(shards.easy_vqa_rows("test", options.easy_vqa)), options.blocks),
+        DataSet("scenes-test", list(shards.scene_rows("test", options.scenes, scenes.KINDS)), options.blocks),
+    ]
+    bench, journal = Bench(options.model), Journal(options.work / "cells.jsonl")
+    studies = [Study(bench, journal, data, say) for data in sets if data.images]
+    plans = [(study, study.plan()) for study in studies]
+    measure(plans, say)
+    return result(plans, say)
+
+
+def measure(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], None]) -> None:
+    """Every cell that the journal lacks, block by block, with how many are left and for how long."""
+    todo = [
+        (study, entry, block)
+        for block in range(max(study.data.blocks for study, _ in plans))
+        for study, entries in plans
+        for entry in study.todo(entries, block)
+    ]
+    say(f"{len(todo):,} cells to measure")
+    spent: dict[str, list[float]] = {}
+    told = time.monotonic()
+    for done, (study, entry, block) in enumerate(todo, 1):
+        began = time.monotonic()
+        study.measure(entry, block)
+        spent.setdefault(study.data.name, []).append(time.monotonic() - began)
+        if time.monotonic() - told > SAY_EVERY or done == len(todo):
+            told = time.monotonic()
+            means = {name: sum(each) / len(each) for name, each in spent.items()}
+            known = sum(means.values()) / len(means)
+            left = sum(means.get(study.data.name, known) for study, _, _ in todo[done:])
+            end = time.strftime("%H:%M", time.gmtime(time.time() + left))
+            say(f"{done:,} of {len(todo):,} cells, {left / 60:.1f} minutes left, until {end} UTC")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Who takes part in ``make pareto``: a new policy is one line in ``CONTENDERS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trimming import (
+    DivPrune,
+    ElasticCache,
+    FastV,
+    Grid,
+    Policy,
+    Random,
+    SnapKV,
+    ThinK,
+    TrimmedLlama,
+    VisionZip,
+    WeightedFarthest,
+    ZipVL,
+)
+
+TARGETS = (0.7, 0.5, 0.3, 0.15, 0.05)
+"""Shares of all features' KV bytes that are asked for."""
+REFERENCE = "trimmed-llama"
+"""What all others are matched to and compared with."""
+
+
+def same(share: float) -> float | None:
+    """The parameter is the share that is kept."""
+    return share
+
+
+def of_channels(share: float) -> float | None:
+    """The share of key channels at which keys and values together take ``share`` of their bytes. Values stay whole: below half
+    of the bytes there is none, and within two hundredths of it the least that is possible."""
+    return None if share < 0.48 else max(1e-6, 2 * share - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A family of policies with one parameter."""
+
+    name: str
+    make: Callable[[float], Policy]
+    """From the parameter, in (0, 1]."""
+    parameter: Callable[[float], float | None] | None = same
+    """From a share of all features' KV bytes to the parameter, or to None where it can't be had. None in its place: what is
+    kept depends on the data, and the parameter is searched for."""
+    control: bool = False
+
+
+CONTENDERS = (
+    Contender(REFERENCE, lambda k: TrimmedLlama(k_ratio=k), parameter=None),
+    Contender("fastv", lambda keep: FastV(keep=keep)),
+    Contender("zipvl", lambda mass: ZipVL(mass=mass), parameter=None),
+    Contender("snapkv", lambda keep: SnapKV(keep=keep)),
+    Contender("elastic", lambda keep: ElasticCache(keep=keep)),
+    Contender("divprune", lambda keep: DivPrune(keep=keep)),
+    Contender("visionzip", lambda keep: VisionZip(keep=keep)),
+    Contender("weighted-farthest", lambda keep: WeightedFarthest(keep=keep)),
+    Contender("think", lambda channels: ThinK(keep=channels), parameter=of_channels),
+    Contender("random", lambda keep: Random(keep=keep), control=True),
+    Contender("grid", lambda keep: Grid(keep=keep), control=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How images come to the model; all features of a view are kept, or a policy's."""
+
+    max_tiles: int | None = None
+    """Most tiles an image is cut into; None: the model's own."""
+    scale: float = 1.0
+    """Of both sides, before the image is cut."""
+
+    @property
+    def name(self) -> str:
+        if self.max_tiles:
+            return f"{self.max_tiles} tile{'s' * (self.max_tiles > 1)} at most"
+        return f"sides × {self.scale:.2f}" if self.scale != 1 else "as they are"
+
+
+WHOLE = View()
+FEWER_TILES = (View(max_tiles=3), View(max_tiles=2), View(max_tiles=1))

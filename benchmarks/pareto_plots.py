@@ -1,0 +1,196 @@
+"""``pareto-kv.svg`` and ``pareto-time.svg``: quality against KV bytes and against seconds, the data sets side by side.
+
+A line's dash says where its policy looks, its colour and marker which one it is; every line is also named at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.pareto_page import ALL, Point, Report
+from jobs.comparison.drawing import INK, Drawing, as_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AFTER_FIRST, EACH_LAYER, FEATURES, OTHER = "-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1.3))
+GREY = "#7a828a"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    colour: str
+    marker: str
+    dash: Any = AFTER_FIRST
+
+
+# Okabe and Ito's colours.
+LOOKS = {
+    "all features": Look(INK, "*"),
+    "trimmed-llama": Look("#000000", "o"),
+    "fastv": Look("#0072b2", "s"),
+    "weighted-farthest": Look("#d55e00", "D"),
+    "zipvl": Look("#009e73", "^", EACH_LAYER),
+    "snapkv": Look("#cc79a7", "v", EACH_LAYER),
+    "elastic": Look("#e69f00", "P", EACH_LAYER),
+    "divprune": Look("#56b4e9", "X", FEATURES),
+    "visionzip": Look("#8a5a00", "h", FEATURES),
+    "think": Look("#6a3d9a", "d", OTHER),
+    "random": Look(GREY, "x", OTHER),
+    "grid": Look(GREY, "+", OTHER),
+    "fewer tiles": Look("#4d4d4d", "<", (0, (8, 2))),
+    "lower resolution": Look("#4d4d4d", ">", (0, (8, 2))),
+}
+OWN = (Look("#d55e00", "p"), Look("#0072b2", "8"), Look("#009e73", "H"), Look("#cc79a7", "*"))
+"""For contenders without a look of their own."""
+
+
+def plots(report: Report) -> dict[str, str]:
+    """SVG by name."""
+    kv = figure(report, "pareto-kv", "cross KV per question, KiB (log scale)", lambda point: point["kv_bytes_per_row"] / 1024)
+    time = figure(
+        report,
+        "pareto-time",
+        "prefill and decoding per question, ms (log scale; CPU, fp32)",
+        lambda point: point["ms_per_row"]["both"],
+    )
+    return {"pareto-kv": kv, "pareto-time": time}
+
+
+def figure(report: Report, name: str, across: str, place: Callable[[Point], float]) -> str:
+    """One plot for each data set: a line a contender, with intervals, and its name at the end where least is kept."""
+    sets = report["sets"]
+    with ExitStack() as stack:
+        whole, only, made = stack.enter_context(Drawing(name, 5.6 * len(sets), 6.2))
+        only.remove()
+        handles: dict[str, Any] = {}
+        for axes, (title, data) in zip(whole.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
+            axes.patch.set_alpha(0)
+            series = lines(report, data)
+            ends = []
+            for contender, points in series.items():
+                handles[contender] = draw(axes, look(report, contender), points, place)
+                if contender != "all features":
+                    ends.append((contender, place(points[-1]), points[-1]["accuracy"][ALL]["value"]))
+            scale(axes, [point for points in series.values() for point in points], place)
+            axes.set_title(f"{title}, {data['rows']:,} questions", fontsize=10.5, loc="left")
+            axes.set_xlabel(across)
+            name_ends(axes, report, ends)
+        whole.axes[0].set_ylabel("right answers (scale of errors)")
+        whole.legend(
+            handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3.2, columnspacing=1.6
+        )
+        text = f"Right answers against {across}, with 95 % intervals. " + "; ".join(
+            f"{title}: "
+            + ", ".join(f"{c} {p['accuracy'][ALL]['value']:.1%} at {place(p):.3g}" for c, ps in s.items() for p in ps)
+            for title, s in ((title, lines(report, data)) for title, data in sets.items())
+        )
+        return as_file(made(name, text))
+
+
+def lines(report: Report, data: Report) -> dict[str, list[Point]]:
+    """Points by contender, the most bytes first; of the reference also those that match fewer tiles."""
+    names = ["all features", *report["contenders"], "fewer tiles", "lower resolution"]
+    found = {name: [point for point in data["points"] if point["contender"] == name] for name in names}
+    return {name: sorted(points, key=lambda each: -each["share"]) for name, points in found.items() if points}
+
+
+def look(report: Report, contender: str) -> Look:
+    if contender in LOOKS:
+        return LOOKS[contender]
+    own = [name for name in report["contenders"] if name not in LOOKS]
+    return OWN[own.index(contender) % len(OWN)]
+
+
+def draw(axes: Axes, style: Look, points: list[Point], place: Callable[[Point], float]) -> Any:
+    xs, scores = [place(point) for point in points], [point["accuracy"][ALL] for point in points]
+    ys = [each["value"] for each in scores]
+    low = [0 if each["low"] is None else each["value"] - each["low"] for each in scores]
+    high = [0 if each["high"] is None else each["high"] - each["value"] for each in scores]
+    thick = style.colour == "#000000"
+    return axes.errorbar(
+        xs,
+        ys,
+        [low, high],
+        color=style.colour,
+        marker=style.marker,
+        linestyle=style.dash,
+        markersize=12 if style.marker == "*" else 6,
+        linewidth=2.2 if thick else 1.3,
+        elinewidth=0.8,
+        alpha=0.95,
+        zorder=4 if thick else 3,
+    )
+
+
+def scale(axes: Axes, points: list[Point], place: Callable[[Point], float]) -> None:
+    """Both axes: logarithmic in cost, and in errors, so that 99 % stands as far from 98 % as 90 % from 80 %."""
+    import numpy as np
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ends = [(each["low"] or each["value"], each["value"]) for each in (point["accuracy"][ALL] for point in points)]
+    lowest, highest = min(low for low, _ in ends), max(value for _, value in ends)
+    least = max(0.001, (1 - highest) / 2)
+
+    def up(y: Any) -> Any:
+        return -np.log10(np.maximum(1 + least - y, least / 4))
+
+    def down(v: Any) -> Any:
+        return 1 + least - 10.0 ** (-v)
+
+    axes.set_yscale("function", functions=(up, down))
+    room = 0.05 * (up(highest) - up(lowest))
+    axes.set_ylim(down(up(lowest) - room), down(up(highest) + room))
+    shown = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 1.0)
+    ticks: list[float] = []
+    for y in reversed(shown):
+        # Room for its number.
+        if down(up(lowest) - room) < y < down(up(highest) + room) and (not ticks or up(ticks[-1]) - up(y) > 0.7 * room):
+            ticks.append(y)
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+    axes.set_xscale("log")
+    xs = [place(point) for point in points]
+    names = (max(xs) / min(xs)) ** 0.34
+    axes.set_xlim(min(xs) / names, max(xs) * 1.12)
+    round_ones = [s * 10.0**p for p in range(-3, 5) for s in (1, 1.5, 2, 3, 5, 7)]
+    axes.xaxis.set_major_locator(FixedLocator([x for x in round_ones if min(xs) / 1.2 <= x <= max(xs) * 1.12]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.grid()
+
+
+def name_ends(axes: Axes, report: Report, ends: list[tuple[str, float, float]]) -> None:
+    """Names lines at the plot's left edge, moved apart, each with a hair line to its last point."""
+    figure = axes.figure
+    figure.canvas.draw()
+    box = axes.get_window_extent()
+    step = 12.5 / box.height * figure.dpi / 72
+    places = sorted((axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1], c, x, y) for c, x, y in ends)
+    spots = [max(0.02, place) for place, *_ in places]
+    for i in range(1, len(spots)):
+        spots[i] = max(spots[i], spots[i - 1] + step)
+    for i in range(len(spots) - 1, -1, -1):
+        most = 0.985 if i == len(spots) - 1 else spots[i + 1] - step
+        spots[i] = min(spots[i], most)
+    for spot, (_, contender, x, y) in zip(spots, places, strict=True):
+        axes.annotate(
+            contender,
+            (x, y),
+            (0.01, spot),
+            textcoords="axes fraction",
+            fontsize=8.5,
+            va="center",
+            color=look(report, contender).colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": look(report, contender).colour,
+                "linewidth": 0.5,
+                "alpha": 0.6,
+                "shrinkB": 4,
+            },
+        ).set_in_layout(False)

@@ -1,0 +1,146 @@
+"""From finished cells to ``pareto.json``: accuracies with their intervals, paired differences, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.pareto_contenders import CONTENDERS, REFERENCE, TARGETS
+from benchmarks.pareto_run import CLOSE, Cell, Entry, Study
+from demo.shards import Row
+from demo.table import conditions, sha256
+from jobs.comparison.bootstrap import Clusters, difference, score
+
+ALL = "all"
+"""The name of all kinds together."""
+
+Result = dict[str, Any]
+
+
+def result(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], None]) -> Result:
+    """The contents of ``pareto.json``."""
+    sets = {}
+    for study, entries in plans:
+        say(f"{study.data.name}: intervals")
+        points = [point(entry, study.cells(entry)) for entry in entries]
+        sets[study.data.name] = {**compared(points, study.data.rows), "tower_ms_per_image": towers(study, entries)}
+    report = {
+        "targets": list(TARGETS),
+        "reference": REFERENCE,
+        "contenders": [each.name for each in CONTENDERS],
+        "controls": [each.name for each in CONTENDERS if each.control],
+        "conditions": conditions() | {"blocks": plans[0][0].data.blocks},
+        "model_sha256": sha256(plans[0][0].bench.weights),
+        "sets": sets,
+    }
+    return {name: rounded(part) for name, part in report.items()}
+
+
+def towers(study: Study, entries: Sequence[Entry]) -> Result:
+    """The tower's milliseconds for an image, by what images come as."""
+    views = dict.fromkeys(entry.view for entry in entries)
+    return {view.name: 1000 * study.tower_seconds(view) for view in views}
+
+
+def point(entry: Entry, cells: Sequence[Cell]) -> Result:
+    """One entry's numbers, with ``right`` row by row in the order of the blocks."""
+    rows = sum(cell["rows"] for cell in cells)
+    by_block = [1000 * (cell["prefill"] + cell["decode"]) / cell["rows"] for cell in cells]
+    seconds = {name: sum(cell[name] for cell in cells) for name in ("prefill", "decode")}
+    return {
+        "contender": entry.contender,
+        "target": entry.target,
+        "parameter": entry.parameter,
+        "policy": repr(entry.policy),
+        "view": entry.view.name,
+        "max_tiles": entry.view.max_tiles,
+        "scale": entry.view.scale,
+        "sought_share": entry.share,
+        "kv_bytes": sum(cell["kv_bytes"] for cell in cells),
+        "output_tokens": sum(cell["output_tokens"] for cell in cells),
+        "ms_per_row": {
+            **{name: 1000 * value / rows for name, value in seconds.items()},
+            "both": 1000 * sum(seconds.values()) / rows,
+            "blocks": by_block,
+        },
+        "right": "".join(cell["right"] for cell in cells),
+    }
+
+
+def compared(points: list[Result], rows: Sequence[Row]) -> Result:
+    """A data set's numbers from those of its points, the first of which keeps everything at the images' own resolution.
+
+    Each point gets its accuracy by kind; what is to be compared is compared pair by pair, row for row: each with the reference,
+    and at every target with each control and with the best there.
+    """
+    images = np.unique([row.path for row in rows], return_inverse=True)[1]
+    kinds = np.array([row.kind for row in rows])
+    masks = {ALL: np.ones(len(rows), bool), **{kind: kinds == kind for kind in sorted(set(kinds))}}
+    right = [np.frombuffer(point.pop("right").encode(), np.uint8) - 48.0 for point in points]
+
+    def by_kind(values: np.ndarray, measure: Callable[[Clusters], Result]) -> Result:
+        return {kind: measure(of_kind(values, kind)) for kind in masks}
+
+    def of_kind(values: np.ndarray, kind: str) -> Clusters:
+        return Clusters.of(images[masks[kind]], values[masks[kind]])
+
+    full = points[0]["kv_bytes"]
+    for one, values in zip(points, right, strict=True):
+        one["share"] = one["kv_bytes"] / full
+        one["kv_bytes_per_row"] = one["kv_bytes"] / len(rows)
+        one["accuracy"] = by_kind(values, lambda clusters: short(score(clusters).as_dict()))
+
+    def against(one: int, other: int) -> Result:
+        return by_kind(right[one] - right[other], lambda clusters: short(difference(clusters, "quality")))
+
+    fractions = []
+    for target in sorted({one["target"] for one in points if one["target"] is not None}, reverse=True):
+        here = [number for number, one in enumerate(points) if one["target"] == target]
+        there = {points[number]["contender"]: number for number in here}
+        best = {k: max(here, key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
+        for number in here:
+            one = points[number]
+            others = [name for name in controls() if name in there and name != one["contender"]]
+            one["against_controls"] = {name: against(number, there[name]) for name in others}
+            behind = {kind: of_kind(right[number] - right[best[kind]], kind) for kind in masks}
+            one["against_best"] = {kind: short(difference(clusters, "quality")) for kind, clusters in behind.items()}
+        best_names = {kind: points[number]["contender"] for kind, number in best.items()}
+        fractions.append({"target": target, "share": points[there[REFERENCE]]["share"], "best": best_names})
+    references = [number for number, one in enumerate(points) if one["contender"] == REFERENCE]
+    for number, one in enumerate(points):
+        if number in references:
+            continue
+        same = [n for n in references if one["target"] is not None and points[n]["target"] == one["target"]]
+        near = min(same or references, key=lambda n: abs(points[n]["share"] - one["share"]))
+        if one["contender"] != "all features":
+            equal = abs(points[near]["share"] - one["share"]) <= CLOSE
+            one["against_reference"] = {"share": points[near]["share"], "equal_cost": equal, "kinds": against(number, near)}
+    for number in references:
+        points[number]["against_all_features"] = against(number, 0)
+    return {
+        "rows": len(rows),
+        "images": len(set(images.tolist())),
+        "kinds": {kind: int(mask.sum()) for kind, mask in masks.items()},
+        "fractions": fractions,
+        "points": points,
+    }
+
+
+def short(found: Result) -> Result:
+    """Without how many rows and images there are, which the data set says."""
+    return {name: value for name, value in found.items() if name not in ("rows", "clusters")}
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits behind the point."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def controls() -> list[str]:
+    return [each.name for each in CONTENDERS if each.control]

@@ -1,0 +1,197 @@
+"""``make pareto``: who takes part, the search for equal cost, the journal, the page's words, and a tiny run of all of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import pareto, pareto_page, pareto_plots, pareto_results
+from benchmarks.pareto_contenders import CONTENDERS, REFERENCE, WHOLE, View, of_channels
+from benchmarks.pareto_run import CLOSE, Bench, DataSet, Entry, Journal, Study, code_of, find
+from demo import scenes, shards
+from demo.shards import Row
+from demo.table import ROOT
+from pipeline.config import POLICIES
+from trimming import FastV, Grid, KeepAll, ThinK, TrimmedLlama, VisionZip
+
+# ---- contenders -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_policy_takes_part() -> None:
+    assert {each.name for each in CONTENDERS} >= set(POLICIES) - {"none"}
+    assert {each.name for each in CONTENDERS if each.control} == {"random", "grid"}
+
+
+def test_key_channels_take_half_of_the_bytes_at_least() -> None:
+    assert of_channels(0.7) == pytest.approx(0.4)
+    assert of_channels(0.5) == pytest.approx(0, abs=1e-5)
+    assert of_channels(0.3) is None
+
+
+def test_a_policy_is_keyed_by_its_own_code() -> None:
+    assert code_of(FastV(0.5)) == code_of(FastV(0.1)) != code_of(Grid(0.5))
+    assert code_of(ThinK(0.5)) != code_of(ThinK(0.5, VisionZip(0.5)))
+
+
+# ---- the search -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 0.97])
+def test_search_finds_a_share(share: float) -> None:
+    parameter, came = find(lambda p: p**0.5, share, {})
+    assert came == parameter**0.5
+    assert abs(came - share) <= CLOSE / 5
+
+
+def test_search_takes_the_nearest_step() -> None:
+    tried: list[float] = []
+
+    def steps(parameter: float) -> float:
+        tried.append(parameter)
+        return max(1, round(parameter * 10)) / 10
+
+    seen: dict[float, float] = {}
+    assert find(steps, 0.34, seen)[1] == 0.3
+    assert len(tried) <= 12
+    before = len(tried)
+    assert find(steps, 0.3, seen)[1] == 0.3
+    assert len(tried) == before, "what is known is not asked again"
+
+
+# ---- the journal ------------------------------------------------------------------------------------------------------------
+
+
+def test_journal_continues_and_drops_half_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "cells.jsonl"
+    assert Journal(file).once("a", lambda: {"rows": 1}) == {"key": "a", "rows": 1}
+    file.write_text(file.read_text() + '{"key": "b", "ro')
+    again = Journal(file)
+    assert again.once("a", lambda: {"rows": 2})["rows"] == 1
+    assert again.once("b", lambda: {"rows": 3})["rows"] == 3
+    assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["a", "b"]
+
+
+# ---- the page ---------------------------------------------------------------------------------------------------------------
+
+
+def hand_made() -> dict[str, Any]:
+    """40 images, two questions each. At 0.15 grid is right everywhere, trimmed-llama on every other row, fastv on none; fewer
+    tiles cost as much and are wrong everywhere; at 0.5 all are right."""
+    rows = [Row(b"", f"image {i // 2}", "?", "!", f"row {i}", ("color", "shape")[i % 2]) for i in range(80)]
+
+    def point(contender: str, target: float | None, share: float, right: str, view: View = WHOLE) -> dict[str, Any]:
+        cell = {
+            "rows": 80,
+            "kv_bytes": round(share * 81920),
+            "output_tokens": 80,
+            "prefill": 0.08,
+            "decode": 0.04,
+            "right": right * 40,
+        }
+        return pareto_results.point(Entry(contender, target, share, view=view), [cell])
+
+    points = [point("all features", None, 1.0, "11")]
+    points += [point(name, 0.5, 0.5, "11") for name in (REFERENCE, "fastv", "think", "random", "grid")]
+    points += [point(REFERENCE, 0.15, 0.15, "10"), point("fastv", 0.15, 0.19, "00")]
+    points += [point("random", 0.15, 0.15, "10"), point("grid", 0.15, 0.15, "11")]
+    points += [point("fewer tiles", None, 0.152, "00", View(max_tiles=1))]
+    return {
+        "targets": [0.5, 0.15],
+        "reference": REFERENCE,
+        "contenders": [REFERENCE, "fastv", "think", "of our own", "random", "grid"],
+        "controls": ["random", "grid"],
+        "conditions": {"torch": "1.2.3"},
+        "model_sha256": "0123456789abcdef",
+        "sets": {"made up": {**pareto_results.compared(points, rows), "tower_ms_per_image": {"as they are": 9.0}}},
+    }
+
+
+def test_page_says_where_a_control_wins() -> None:
+    page = pareto_page.markdown(hand_made())
+    assert "| trimmed-llama | **100.0 ± 0.0** | 50.0 ± 0.0 |" in page
+    assert "| fastv | **100.0 ± 0.0** | 0.0 ± 0.0 † ↓ |" in page
+    assert "| think | **100.0 ± 0.0** | – |" in page
+    assert "| grid (control) | **100.0 ± 0.0** | **100.0 ± 0.0** ↑ |" in page
+    assert "- At 15.0 % grid is better than trimmed-llama: +50.0 (+50.0 to +50.0) points." in page
+    assert "- At 15.0 % random is better than fastv: +50.0 (+50.0 to +50.0) points." in page
+    assert "grid over trimmed-llama on shape (at 15.0 %)" in page
+    assert "at 15.0 %: trimmed-llama, fastv" in page
+    assert "- At 0.15: on all sets grid" in page
+    assert "- At 0.5: nothing on all sets." in page
+    assert "| 1 tile at most | 15.2 | 1.50 | 0.0 ± 0.0 | 15.0 | −50.0 (−50.0 to −50.0): worse |" in page
+    assert "fastv (at" not in page
+    assert "of our own" not in page, "what was not measured has no row"
+
+
+def test_page_bolds_what_is_best_by_kind() -> None:
+    page = pareto_page.markdown(hand_made())
+    assert "| policy | color (40) | shape (40) |" in page
+    assert "| trimmed-llama | **100.0 ± 0.0** | 0.0 ± 0.0 |" in page
+
+
+def test_plots_name_every_line() -> None:
+    for svg in pareto_plots.plots(hand_made()).values():
+        for name in (REFERENCE, "fastv", "think", "random", "grid", "fewer tiles", "all features"):
+            assert svg.count(f">{name}<") >= 1
+        assert "made up, 80 questions" in svg
+
+
+# ---- a tiny run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Callable[[], Study]:
+    data = DataSet("scenes-test", list(shards.scene_rows("test", 8, scenes.KINDS[:2])), blocks=2)
+
+    def begin() -> Study:
+        return Study(Bench(ROOT / "demo/model"), Journal(tmp_path / "cells.jsonl"), data, lambda _: None)
+
+    return begin
+
+
+def test_tiny_run_at_equal_cost(study: Callable[[], Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = study()
+    two = [each for each in CONTENDERS if each.name in (REFERENCE, "visionzip")]
+    plan = first.plan(two, (0.5, 0.15))
+    assert [(e.contender, e.target) for e in plan[:5]] == [("all features", None)] + [
+        (each.name, target) for each in two for target in (0.5, 0.15)
+    ]
+    assert {e.contender for e in plan[5:]} == {"fewer tiles", "lower resolution", REFERENCE}
+    pareto.measure([(first, plan)], lambda _: None)
+    report = pareto_results.result([(first, plan)], lambda _: None)
+
+    data = report["sets"]["scenes-test"]
+    assert (data["rows"], data["images"]) == (16, 8)
+    for point in data["points"]:
+        assert point["ms_per_row"]["both"] > 0
+        if point["target"] and point["contender"] in (REFERENCE, "visionzip"):
+            assert point["share"] == pytest.approx(point["sought_share"], abs=0.05)
+    assert data["points"][0]["share"] == 1
+    assert data["points"][0]["accuracy"]["all"]["value"] >= 0.75
+    assert "visionzip" in pareto_page.markdown(report)
+    # No policy's seconds hold the tower's: images were seen before.
+    cells = [first.journal.lines[first.key(entry, 0)] for entry in plan]
+    assert all(cell["images_encoded"] == 0 and cell["tower"] == 0 for cell in cells)
+
+    # Begun again, it measures nothing.
+    monkeypatch.setattr(Bench, "_answers", None)
+    again = study()
+    assert again.plan(two, (0.5, 0.15)) == plan
+    assert not any(again.todo(plan, block) for block in range(2))
+    assert pareto_results.result([(again, plan)], lambda _: None)["sets"] == report["sets"]
+
+
+def test_policies_of_all_kinds_share_what_is_encoded(study: Callable[[], Study]) -> None:
+    one = study()
+    rows = one.data.block(0)
+    for policy in (KeepAll(), ThinK(0.5), VisionZip(0.5), TrimmedLlama(0.25), KeepAll()):
+        cell = one.bench.answers(policy, rows, WHOLE)
+        assert cell["images_encoded"] == 0
+    # An image at another size is another image.
+    small = one.bench.answers(KeepAll(), rows, replace(WHOLE, scale=0.5))
+    assert small["kv_bytes"] < cell["kv_bytes"]
