@@ -33,16 +33,14 @@ def _goals(measured: dict[str, Any]) -> list[str]:
     sizes, paced = measured["sizes"], measured["paced"]
     lines = [row(["", "goal", "measured"]), row(["---", "---:", "---:"])]
     settled = [size for size in sizes if size["row_seconds"] is not None]
-    if len(settled) > 1:
-        between = f"{settled[0]['rows']:,} to {settled[-1]['rows']:,} rows"
-        share = spread([size["row_seconds"] for size in settled])
-        lines.append(
-            row([f"cost of a further row, dearest size over cheapest, {between}", f"≤ +{FLAT:.0%}", f"**+{share:.0%}**"])
-        )
+    if len(sizes) > 2:
+        steps = ", ".join(f"{size['rows']:,}" for size in sizes)
+        what = f"cost of a row from size to size ({steps}), dearest step over cheapest"
+        lines.append(row([what, f"≤ +{FLAT:.0%}", f"**+{spread(_between(sizes)):.0%}**"]))
     if settled and settled[-1]["row_seconds_last_tenth"] is not None:
         most = settled[-1]
         share = most["row_seconds_last_tenth"] / most["row_seconds_first_tenth"] - 1
-        what = f"the same, last tenth of {most['rows']:,} rows over the first tenth"
+        what = f"cost of a further row, last tenth of {most['rows']:,} rows over the first tenth"
         lines.append(row([what, f"≤ +{FLAT:.0%}", f"**{share:+.0%}**"]))
     if sizes:
         most = max(size["driver_peak_bytes"] - size["driver_start_bytes"] for size in sizes) / 2**30
@@ -100,7 +98,8 @@ def _notes(measured: dict[str, Any]) -> list[str]:
         f"- **Cost of a further row**: the slope of a run's seconds over its rows, without the first {WARM_ROWS:,} and the "
         f"last {LAST_ROWS:,}, at up to {POINTS} moments at which units' files were written, by Theil and Sen (the median of "
         "all pairs' slopes); start-up is where that line begins, from planning's end on. From the size before: the rows "
-        "between two sizes, by the moments of their last files. A whole run has a start in it, the larger part of a small one.",
+        "between two sizes, by the moments of their last files: a start, which each run has once, cancels out. A run of "
+        f"{FEW:,} rows is over before Ray's workers have all started, so its own slope is a start's.",
         "- **CPU** of the driver and of all of Ray, from the first file to the last; others' is what else ran on the machine "
         "meanwhile.",
         "- **Memory** is the driver process's resident set; after start-up is after that first run.",
