@@ -33,6 +33,7 @@ LOOKS = {
     "trimmed-llama": Look("#000000", "o"),
     "fastv": Look("#0072b2", "s"),
     "weighted-farthest": Look("#d55e00", "D"),
+    "spread": Look("#b2182b", "p"),
     "zipvl": Look("#009e73", "^", EACH_LAYER),
     "snapkv": Look("#cc79a7", "v", EACH_LAYER),
     "elastic": Look("#e69f00", "P", EACH_LAYER),
