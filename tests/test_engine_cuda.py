@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, make_inputs, tiny_model
 
-from trimming import KeepAll, Policy, TrimmedLlama
+from trimming import KeepAll, Policy, SnapKV, TrimmedLlama, ZipVL
 from trimming.engine import Engine, Image, Request, scheduler
 from trimming.engine.cuda import GraphDecode, buckets
 from trimming.engine.decode import Decode
@@ -44,7 +44,7 @@ def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") ->
 
 
 def main() -> None:
-    for policy in (KeepAll(), TrimmedLlama(k_ratio=0.2)):
+    for policy in (KeepAll(), TrimmedLlama(k_ratio=0.2), ZipVL(mass=0.7), SnapKV(keep=0.3)):
         plain, static = answers(policy, Decode), answers(policy, GraphDecode)
         assert plain == static, f"{policy}: {plain} {static}"
 
