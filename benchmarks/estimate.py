@@ -141,7 +141,7 @@ def _elsewhere(base: Run, runs: Sequence[Run], hardware: str) -> Result:
 
 
 def _model(conditions: Mapping[str, Any], itemsize: int) -> tuple[ModelSize, Costs]:
-    from benchmarks.gpu_model import ELEVEN_B
+    from benchmarks.gpu.model import ELEVEN_B
     from benchmarks.model import BENCH, TINY, build_config, build_processor
 
     for size in (BENCH, TINY, ELEVEN_B):

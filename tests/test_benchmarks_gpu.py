@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_decode
-from benchmarks.gpu_amounts import TINY_GPU, GpuAmounts
-from benchmarks.gpu_bench import Bench
-from benchmarks.gpu_captioning import Captioning, measure_captioning
-from benchmarks.gpu_decode import POLICIES, Crowd, measure_decode
-from benchmarks.gpu_model import ELEVEN_B, build_on
-from benchmarks.gpu_page import markdown
-from benchmarks.gpu_results import conditions_of, ratios, result
-from benchmarks.gpu_tower import random_images
+from benchmarks.gpu.amounts import TINY_GPU, GpuAmounts
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.captioning import Captioning, measure_captioning
+from benchmarks.gpu.decode import POLICIES, Crowd, measure_decode
+from benchmarks.gpu.model import ELEVEN_B, build_on
+from benchmarks.gpu.page import markdown
+from benchmarks.gpu.results import conditions_of, ratios, result
+from benchmarks.gpu.tower import random_images
 from benchmarks.model import TINY, build_model, build_processor
-from benchmarks.roofline import Rates, measure_rates
+from benchmarks.gpu.roofline import Rates, measure_rates
 from benchmarks.timing import Pass
 from trimming.costs import Cost, Costs
 from trimming.engine.sequence import Encoded
@@ -94,7 +94,7 @@ def test_the_slower_of_two_rates_holds_a_call_up() -> None:
 
 
 def test_rates_are_of_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.roofline.queued_seconds", lambda device, run, count: run() is None or 0.5)
+    monkeypatch.setattr("benchmarks.gpu.roofline.queued_seconds", lambda device, run, count: run() is None or 0.5)
     rates = measure_rates(CPU, side=8, copy_bytes=100, repeats=2)
     assert rates == Rates(matmul=2 * 8**3 / 0.5, copy=2 * 100 / 0.5)
 
@@ -255,7 +255,7 @@ def test_help_needs_nothing_heavy() -> None:
 
 def test_neither_ray_nor_arrow_is_needed() -> None:
     """A lent machine need not have them."""
-    needed = "import benchmarks.gpu_captioning, benchmarks.gpu_results, sys; print({'ray', 'pyarrow'} & set(sys.modules))"
+    needed = "import benchmarks.gpu.captioning, benchmarks.gpu.results, sys; print({'ray', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", needed], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -305,8 +305,8 @@ def test_a_failed_section_costs_no_other(
     def fail(bench: Bench, out: dict[str, Any]) -> None:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr("benchmarks.gpu_decode.measure_decode", fail)
-    monkeypatch.setattr("benchmarks.gpu_captioning.measure_captioning", fail)
+    monkeypatch.setattr("benchmarks.gpu.decode.measure_decode", fail)
+    monkeypatch.setattr("benchmarks.gpu.captioning.measure_captioning", fail)
     code, measured = tiny()
     assert code == 1
     assert measured["decode"] == {"error": "RuntimeError: out of order"}

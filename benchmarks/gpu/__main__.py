@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_amounts import TINY_GPU, GpuAmounts
+from benchmarks.gpu.amounts import TINY_GPU, GpuAmounts
 
 SECTIONS = ("tower", "decode", "captioning")
 NO_GPU = "no CUDA device: the GPU benchmark was skipped"
@@ -35,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(NO_GPU)
         return 0
 
-    from benchmarks.gpu_bench import Bench
-    from benchmarks.gpu_captioning import measure_captioning
-    from benchmarks.gpu_decode import measure_decode
-    from benchmarks.gpu_model import ELEVEN_B, build_on
-    from benchmarks.gpu_results import conditions_of
-    from benchmarks.gpu_tower import measure_tower
+    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.captioning import measure_captioning
+    from benchmarks.gpu.decode import measure_decode
+    from benchmarks.gpu.model import ELEVEN_B, build_on
+    from benchmarks.gpu.results import conditions_of
+    from benchmarks.gpu.tower import measure_tower
     from benchmarks.model import TINY, build_processor
-    from benchmarks.roofline import measure_rates
+    from benchmarks.gpu.roofline import measure_rates
 
     def say(line: str) -> None:
         print(f"[{(time.monotonic() - began) / 60:5.2f} min] {line}", file=sys.stderr, flush=True)
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(folder: Path, sections: dict[str, Any], conditions: dict[str, Any]) -> None:
     """Both files."""
-    from benchmarks.gpu_page import markdown
-    from benchmarks.gpu_results import result
+    from benchmarks.gpu.page import markdown
+    from benchmarks.gpu.results import result
 
     whole = result(sections, conditions)
     folder.mkdir(parents=True, exist_ok=True)

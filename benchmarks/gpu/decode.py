@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.gpu_bench import Bench, Result
-from benchmarks.gpu_tower import random_images
+from benchmarks.gpu.bench import Bench, Result
+from benchmarks.gpu.tower import random_images
 from benchmarks.half import HALF
 from benchmarks.ours import Ours
-from benchmarks.roofline import each_seconds, queued_seconds
+from benchmarks.gpu.roofline import each_seconds, queued_seconds
 from benchmarks.timing import spread
 from pipeline.images import Normaliser
 from trimming import Grid, KeepAll, Policy

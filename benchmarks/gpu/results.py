@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from benchmarks.conditions import commit
-from benchmarks.gpu_bench import Bench, Result
+from benchmarks.gpu.bench import Bench, Result
 
 GOALS: Result = {"captioning_engine_over_peer": 3.0, "decode_roofline_share": 0.6, "tower_roofline_share": 0.6}
 """At least; in decode at batches of 32 and more."""

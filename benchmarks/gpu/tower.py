@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_bench import Bench, Result
-from benchmarks.roofline import each_seconds
+from benchmarks.gpu.bench import Bench, Result
+from benchmarks.gpu.roofline import each_seconds
 from pipeline.images import Normaliser, Tiler
 from trimming.engine import Image
 from trimming.engine.vision import Tower, TowerTiles

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from benchmarks import workloads
-from benchmarks.gpu_bench import Bench, Result
+from benchmarks.gpu.bench import Bench, Result
 from benchmarks.half import find_half
 from benchmarks.ours import IMAGE_CACHE_BYTES, Ours, measured
 from benchmarks.peer import Peer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.gpu_bench import Result
-from benchmarks.gpu_results import GOAL_BATCH
+from benchmarks.gpu.bench import Result
+from benchmarks.gpu.results import GOAL_BATCH
 from benchmarks.page import row
 
 
