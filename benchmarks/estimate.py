@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.estimation.gpus import reported
 from jobs.estimation.machine import Machine, fit_cpu, roofline, shares_of
 from jobs.estimation.schedule import STAGES, Call, Engine, Row, Stage
 from trimming.costs import Costs
@@ -76,13 +77,16 @@ def gpu_runs(measured: Mapping[str, Any]) -> list[Run]:
     """The engine's captioning runs in ``gpu.json``; those that were not reached are missing."""
     from benchmarks import workloads
 
-    conditions, part = measured["conditions"], measured.get("captioning", {})
+    conditions, part = measured["conditions"], measured["sections"].get("captioning", {})
+    contenders = part.get("contenders", {})
+    reached = [each for each in GPU_OURS if "tower_seconds" in contenders.get(each, {})]
+    if not reached:
+        return []
     size, costs = _model(conditions["model"], 2)
-    load = workloads.captioning(part["images"], conditions["seed"], size) if part else None
+    load = workloads.captioning(part["images"], conditions["seed"], size)
     return [
-        _run(f"captioning, {each}", costs, load, part["contenders"][each], float("inf"), part["images"], "real" in each)
-        for each in GPU_OURS
-        if load is not None and "tower_seconds" in part["contenders"].get(each, {})
+        _run(f"captioning, {each}", costs, load, contenders[each], float("inf"), part["images"], "real" in each)
+        for each in reached
     ]
 
 
@@ -107,26 +111,25 @@ def result(cpu: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> Result:
         "largest_error": _largest(predicted),
         "predicted": predicted,
         "calibrated_elsewhere": {run.name: _elsewhere(run, runs, hardware) for run in runs if run.name != CALIBRATION},
-        "gpu": None if gpu is None else _gpu(gpu),
+        "gpu": None if gpu is None or gpu["rehearsal"] else _gpu(gpu),
     }
     rounded: Result = _rounded(found)
     return rounded
 
 
-def _gpu(measured: Mapping[str, Any]) -> Result | None:
-    runs = gpu_runs(measured)
+def _gpu(measured: Mapping[str, Any]) -> Result:
+    """Nothing is predicted without the run to calibrate with, without another, and on a card that the table lacks."""
+    hardware = measured["conditions"]["hardware"]
+    runs, gpu = gpu_runs(measured), reported(hardware)
     base = next((run for run in runs if run.name == GPU_CALIBRATION), None)
     others = [run for run in runs if run.name != GPU_CALIBRATION]
-    if base is None or not others:
-        return None
-    rates = measured["conditions"]["rates"]
-    # What the device was measured to do at best stands for its data sheet.
-    rate, bandwidth = rates["matmul_operations_per_second"], rates["copy_bytes_per_second"]
-    shares = shares_of(rate, bandwidth, base.calls, base.seconds)
-    machine = roofline(measured["conditions"]["hardware"], rate, bandwidth, shares)
+    if gpu is None or base is None or not others:
+        return {"hardware": hardware, "predicted": {}}
+    shares = shares_of(gpu.rate, gpu.bandwidth, base.calls, base.seconds)
+    machine = roofline(hardware, gpu.rate, gpu.bandwidth, shares)
     predicted = {run.name: _beside(run, machine) for run in others}
     return {
-        "hardware": machine.title,
+        "hardware": hardware,
         "calibration": base.name,
         "roofline_shares": shares,
         "largest_error": _largest(predicted),
@@ -256,10 +259,15 @@ def _gpu_lines(found: Result | None) -> list[str]:
         return [
             "**On a GPU nothing has been measured yet**; `gpu.json`, once it exists, is held against the model here as well."
         ]
+    if not found["predicted"]:
+        return [
+            f"On {found['hardware']} nothing is predicted: that needs the engine's captioning in `gpu.json` with all features "
+            "and once more, on a card in `jobs/estimation/gpus.py`."
+        ]
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found["roofline_shares"].items())
     return [
-        f"On {found['hardware']}, calibrated on one run ({found['calibration']}), which reached these shares of the measured "
-        f"peaks: {shares}.",
+        f"On {found['hardware']}, calibrated on one run ({found['calibration']}), which reached these shares of the data "
+        f"sheet's peaks: {shares}.",
         "",
         *_predicted(found),
     ]

@@ -16,6 +16,7 @@ from trimming import Policy
 from trimming.engine import Completion, Image, Request, Sampling
 from trimming.engine import Engine as BatchEngine
 from trimming.engine.memory import spare_bytes
+from trimming.engine.scheduler import activation_bytes
 from trimming.engine.stages import stages
 
 FinishReason = Literal["stop", "length"]
@@ -86,7 +87,8 @@ class Engine:
         eos = model.generation_config.eos_token_id
         eos = processor.tokenizer.eos_token_id if eos is None else eos
         # The first device encodes images, and holds what is kept of them.
-        spare = [spare_bytes(s.device, 0 if n else limits.image_cache_bytes) for n, s in enumerate(stages(model))]
+        others = activation_bytes(model, policy, limits.max_sequences)
+        spare = [spare_bytes(s.device, others + (0 if n else limits.image_cache_bytes)) for n, s in enumerate(stages(model))]
         self.batch = BatchEngine(
             model,
             policy,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, make_inputs, tiny_model
 
-from trimming import KeepAll, Policy, SnapKV, TrimmedLlama, ZipVL
+from trimming import KeepAll, Policy, SnapKV, ThinK, TrimmedLlama, ZipVL
 from trimming.engine import Engine, Image, Request, scheduler
 from trimming.engine.cuda import GraphDecode, buckets
 from trimming.engine.decode import Decode
@@ -44,7 +44,7 @@ def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") ->
 
 
 def main() -> None:
-    for policy in (KeepAll(), TrimmedLlama(k_ratio=0.2), ZipVL(mass=0.7), SnapKV(keep=0.3)):
+    for policy in (KeepAll(), TrimmedLlama(k_ratio=0.2), ZipVL(mass=0.7), ThinK(0.4, SnapKV(keep=0.3))):
         plain, static = answers(policy, Decode), answers(policy, GraphDecode)
         assert plain == static, f"{policy}: {plain} {static}"
 
@@ -67,7 +67,7 @@ def test_buckets_reach_the_most() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.2)], ids=["all", "trimmed"])
+@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.2), ThinK(0.5)], ids=["all", "trimmed", "sliced"])
 def test_graphs_say_what_the_cpu_does(policy: Policy) -> None:
     # The engine chooses graphs by itself there.
     assert answers(policy, None, "cuda") == answers(policy, Decode)

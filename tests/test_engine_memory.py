@@ -15,6 +15,7 @@ from torch import Tensor
 from trimming import Grid, KeepAll, Policy, TrimmedLlama
 from trimming.costs import Geometry
 from trimming.engine import Engine, Image, Request
+from trimming.engine.limits import Limit
 from trimming.engine.memory import GRAIN, Memory, Segment, spare_bytes
 from trimming.engine.scheduler import SLOT_GRAIN
 
@@ -426,7 +427,7 @@ def test_a_full_memory_is_not_tried_again_before_somebody_leaves() -> None:
     prompts = make_prompts([Row((4,), after=n) for n in (2, 3, 4, 5, 6)])
     # Two fit, and the slot of a third.
     engine = make_engine(KeepAll(), kv_bytes=2 * need_of(40) + need_of(2))
-    engine.prefill_sequences = 2
+    engine.prefill_sequences = Limit(2)
     guess_nothing(engine)
     sizes: list[tuple[int, int]] = []
     inner = engine.prefill

@@ -217,7 +217,7 @@ def test_attending_and_scoring_in_chunks(rows: int, monkeypatch: pytest.MonkeyPa
     weights = torch.stack([(query[:, h] @ key[h // 2].T * 0.3).softmax(-1) for h in range(4)])
     wanted = torch.cat([weights[h] @ value[h // 2] for h in range(4)], -1)
     # One more element than whole rows need: a chunk must not round up.
-    monkeypatch.setattr(prefill, "_CHUNK_ELEMENTS", rows * 4 * 11 + 1)
+    monkeypatch.setattr(prefill, "CHUNK_ELEMENTS", rows * 4 * 11 + 1)
     attended, scores = prefill._attend_and_score(query, key, value, 0.3)
     torch.testing.assert_close(attended, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores, weights.sum(1), atol=1e-5, rtol=1e-5)
@@ -232,7 +232,7 @@ def test_no_map_of_a_long_prompt_is_whole(rows: Rows, monkeypatch: pytest.Monkey
     wanted = complete(make_engine(TrimmedLlama(0.2), rows=rows), [request])[0]
     features = 4 * TOKENS
     limit = 4 * features * 8  # heads × features × eight rows
-    monkeypatch.setattr(prefill, "_CHUNK_ELEMENTS", limit)
+    monkeypatch.setattr(prefill, "CHUNK_ELEMENTS", limit)
     maps: list[int] = []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda t, *a, **k: (maps.append(t.numel()), softmax(t, *a, **k))[1])

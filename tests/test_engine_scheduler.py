@@ -30,6 +30,7 @@ from torch import Tensor
 
 from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama, VisualContext
 from trimming.engine import Completion, Engine, Image, Request, Sampling
+from trimming.engine.limits import Limit
 from trimming.engine.scheduler import out_of_memory
 
 POLICY = TrimmedLlama(0.3)
@@ -155,7 +156,7 @@ def test_small_prefills_do_not_keep_anybody_out() -> None:
     """Where memory for larger ones is wanting, one at a time must do, however many run."""
     (prompt,) = make_prompts([Row(())])
     engine = make_engine(max_sequences=20)
-    engine.prefill_sequences = 1
+    engine.prefill_sequences = Limit(1)
     complete(engine, [prompt.request(str(number), 8) for number in range(20)])
     assert (engine.statistics.peak_sequences, engine.statistics.decode_steps) == (20, 7)
 
@@ -197,8 +198,8 @@ def test_tower_out_of_memory(caplog: pytest.LogCaptureFixture) -> None:
     assert_equal(finish(engine, requests), wanted)
     assert encode.refused == [7, 3]
     assert encode.sizes == [1] * 7
-    assert engine.tower_images == 1
-    assert warnings_of(caplog) == ["out of memory in the vision tower: 3 images at a time from now on"]
+    assert engine.tower_images.now == 1
+    assert warnings_of(caplog) == ["out of memory in the vision tower: 3 images at a time for now"]
     assert engine.statistics.images_encoded == 7
 
 
@@ -221,9 +222,9 @@ def test_prefill_out_of_memory(
         monkeypatch.setattr(engine, "_choose", call)
     assert_equal(finish(engine, make_requests()), undisturbed["greedy"])
     assert call.refused == [8, 4]
-    assert engine.prefill_sequences == 2
+    assert engine.prefill_sequences.now == 2
     assert max(call.sizes) == 2
-    assert warnings_of(caplog) == ["out of memory in a prefill of 8 prompts: 4 at a time from now on"]
+    assert warnings_of(caplog) == ["out of memory in a prefill of 8 prompts: 4 at a time for now"]
 
 
 @pytest.mark.parametrize("where", ["before", "midway", "logits", "choosing"])
@@ -258,9 +259,9 @@ def test_decode_out_of_memory(
     options = {"sampling": WARM} if kind == "sampled" else {}
     assert_equal(finish(engine, make_requests(**options)), undisturbed[kind])
     assert call.refused == [7]
-    assert engine.max_sequences == 3
+    assert engine.max_sequences.now == 3
     assert max(call.sizes) == 3
-    assert warnings_of(caplog) == ["out of memory in decoding: 3 sequences at a time from now on"]
+    assert warnings_of(caplog) == ["out of memory in decoding: 3 sequences at a time for now"]
     # Some were prefilled twice, which the record of choices shows.
     assert sum(map(len, logits.values())) > sum(LENGTHS)
 
@@ -286,7 +287,7 @@ def test_decode_out_of_memory_again_and_again(
     step = Exhausted(decode.step, lambda: len(decode.running) if next(count) % 3 == 2 else 0, most=1)
     decode.step = step  # type: ignore[method-assign]
     assert_equal(finish(engine, make_requests(sampling=WARM)), undisturbed["sampled"])
-    assert engine.max_sequences == 1
+    assert engine.max_sequences.now == 1
     assert len(step.refused) > 1
     assert len(warnings_of(caplog)) == 1
 
@@ -372,7 +373,7 @@ def test_a_poisoned_prompt_fails_alone(policy: Policy, monkeypatch: pytest.Monke
     assert isinstance(futures[2].exception(), IndexError)
     assert futures[2].exception().__traceback__ is futures[2].exception().__context__ is None
     # It has spoiled nothing.
-    assert engine.prefill_sequences == 16
+    assert engine.prefill_sequences.now == 16
     assert_equal(finish(engine, requests), wanted)
 
 

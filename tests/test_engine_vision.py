@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from trimming import Grid, KeepAll, Policy, Random, Rows, TrimmedLlama
 from trimming.engine import Engine, Image
+from trimming.engine.limits import Limit
 from trimming.engine.sequence import Encoded
 from trimming.engine.vision import ImageCache, Tower, TowerTiles
 
@@ -230,7 +231,7 @@ def test_images_of_one_tile_count_go_through_the_tower_together() -> None:
     completions = complete(engine, requests_of(asked))
     assert sorted(batches) == [[1] * 4, [2] * 2, [4] * 2]
     engine = make_engine()
-    engine.tower_images = 1
+    engine.tower_images = Limit(1)
     assert [c.tokens for c in complete(engine, requests_of(asked))] == [c.tokens for c in completions]
 
 
@@ -326,7 +327,7 @@ def test_what_is_shared_survives_failures(caplog: pytest.LogCaptureFixture) -> N
     engine.decode._self_layer = self_layer  # type: ignore[method-assign]
     completions = complete(engine, requests_of(asked))
     assert [c.tokens for c in completions] == [c.tokens for c in wanted]
-    assert (engine.max_sequences, engine.prefill_sequences, len(caplog.records)) == (1, 1, 1)
+    assert (engine.max_sequences.now, engine.prefill_sequences.now, len(caplog.records)) == (1, 1, 1)
 
 
 # ---- the cache ----------------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def test_the_image_cache_is_bounded(spare: int, encodings: int, hits: int) -> No
     size = 4 * TOKENS * 64 * 4  # features of one image; its first keys and values are as much again
     limit = 4 * size + spare
     roomy, tight = make_engine(TrimmedLlama(0.3)), make_engine(TrimmedLlama(0.3), max_sequences=1, image_cache_bytes=limit)
-    tight.prefill_sequences = tight.tower_images = 1
+    tight.prefill_sequences = tight.tower_images = Limit(1)
     requests = [prompt.request(str(number), 3) for number, prompt in enumerate(order)]
     wanted = complete(roomy, requests)
     futures = [tight.submit(request) for request in requests]

@@ -80,19 +80,19 @@ def test_a_benchmark_that_has_changed_is_refused(cpu: dict[str, Any]) -> None:
 
 def test_a_gpus_table_is_taken_as_soon_as_there_is_one(cpu: dict[str, Any]) -> None:
     """Of the form that ``benchmarks.gpu`` writes; its seconds are a model's own, slowed down, so that the error is known."""
-    rates = {"matmul_operations_per_second": 800e12, "copy_bytes_per_second": 4e12}
-    conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "NVIDIA H200", "rates": rates}
+    conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "NVIDIA H200"}
     counted = {"decode_steps": 95, "peak_sequences": 24}
     contenders = {
         name: {**{f"{stage}_seconds": 1.0 for stage in STAGES}, "keep_fraction": keep, **counted}
         for name, keep in (("engine", 1.0), ("engine, trimmed", 0.5))
     }
-    gpu = {"conditions": conditions, "captioning": {"images": 24, "contenders": contenders}}
+    captioning = {"status": "done", "images": 24, "contenders": contenders}
+    gpu = {"rehearsal": False, "conditions": conditions, "sections": {"captioning": captioning}}
     runs = gpu_runs(gpu)
     assert [run.name for run in runs] == ["captioning, engine", "captioning, engine, trimmed"]
     from jobs.estimation.machine import roofline
 
-    true = roofline("it", 800e12, 4e12, {"tower": 0.5, "prefill": 0.4, "decode": 0.6})
+    true = roofline("it", 989.5e12, 4.8e12, {"tower": 0.5, "prefill": 0.4, "decode": 0.6})
     for run, contender in zip(runs, contenders.values(), strict=True):
         for stage, time in true.by_stage(run.calls).items():
             contender[f"{stage}_seconds"] = time.seconds
@@ -101,12 +101,19 @@ def test_a_gpus_table_is_taken_as_soon_as_there_is_one(cpu: dict[str, Any]) -> N
     assert made["gpu"]["roofline_shares"] == pytest.approx({"tower": 0.5, "prefill": 0.4, "decode": 0.6})
     stages = made["gpu"]["predicted"]["captioning, engine, trimmed"]["stages"]
     assert [stages[stage]["error"] for stage in STAGES] == pytest.approx([0, 0, -0.2], abs=1e-3)
-    assert "NVIDIA H200" in markdown(made)
+    assert "On NVIDIA H200, calibrated on one run (captioning, engine)" in markdown(made)
+    # A rehearsal measured nothing, and of a card that the table lacks the peaks are not known.
+    assert result(cpu, gpu | {"rehearsal": True})["gpu"] is None
+    conditions["hardware"] = "NVIDIA Abacus"
+    assert result(cpu, gpu)["gpu"]["predicted"] == {}
 
 
-def test_a_gpu_table_without_captions_says_nothing(cpu: dict[str, Any]) -> None:
-    conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "it", "rates": {}}
-    assert result(cpu, {"conditions": conditions})["gpu"] is None
+@pytest.mark.parametrize("captioning", [{}, {"captioning": {"status": "failed", "error": "it"}}])
+def test_a_gpu_table_without_captions_predicts_nothing(cpu: dict[str, Any], captioning: dict[str, Any]) -> None:
+    conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "NVIDIA H200"}
+    found = result(cpu, {"rehearsal": False, "conditions": conditions, "sections": captioning})
+    assert found["gpu"] == {"hardware": "NVIDIA H200", "predicted": {}}
+    assert "On NVIDIA H200 nothing is predicted" in markdown(found)
 
 
 def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_memory_decides_how_many_run_as_in_the_engine(budget: int, costs: Costs,
 
 
 def test_the_limits_are_the_schedulers() -> None:
-    for name in ("TOWER_IMAGES", "PREFILL_SEQUENCES", "PREFILL_TOKENS", "SLOT_GRAIN"):
+    for name in ("TOWER_IMAGES", "PREFILL_SEQUENCES", "PREFILL_TOKENS", "PREFILL_VISUAL_TOKENS", "SLOT_GRAIN"):
         assert getattr(schedule, name) == getattr(scheduler, name)
 
 

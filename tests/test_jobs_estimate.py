@@ -13,7 +13,7 @@ import pytest
 from run_folders import digest, write_run
 
 from jobs import estimate
-from jobs.estimation import report
+from jobs.estimation import gpu_benchmark, report
 from jobs.estimation.machine import Machine, roofline
 from jobs.estimation.measured import read
 from jobs.estimation.models import config_of
@@ -24,6 +24,12 @@ from trimming.costs import Costs
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "demo" / "model")
 H100 = ("--images", "10e6", "--gpu", "h100", "--model", "11b")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares are assumed, whatever the repository has measured (tests/test_estimation_gpu.py)."""
+    monkeypatch.setattr(gpu_benchmark, "RESULTS", tmp_path / "missing.json")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -224,8 +230,11 @@ def test_a_gpu_runs_shares_go_to_another_gpu(tmp_path: Path) -> None:
     machine = roofline("it", 989.5e12, 3350e9, shares)
     bf16 = Costs(config_of("11b"))
     measured(tmp_path / "run", machine, bf16, device="NVIDIA H100 80GB HBM3", dtype="bfloat16", model="11b", keep=0.5)
+    # A run of the user's own is nearer than the GPU benchmark, which is not even read.
+    gpu_benchmark.RESULTS.write_text("no JSON")
     found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"), "--gpu", "h200")
     assert found["roofline_shares"] == pytest.approx(shares, rel=0.01)
+    assert (found["gpu_benchmark"], found["assumed_shares"]) == (None, [])
     assert found["rates"]["decode"]["bytes_per_second"] == pytest.approx(0.7 * 4800e9, rel=0.01)
     # The kept fraction at the run's own K is the run's, and at another one follows from it.
     assert found["keep"] == pytest.approx(0.5, abs=1e-3)

@@ -111,8 +111,6 @@ class Watched:
         self.policy, self.tower_tiles = policy, options.get("tower_tiles", "all")
         self.engine = make_engine(model, policy, **options)
         self.costs = Costs(model.config, model.dtype.itemsize)
-        # The rotary table is a product too, made once for all prompts.
-        self.engine.decode.rotary.grow(256, torch.zeros(1, dtype=model.dtype))
         self.calls: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self._encode, self._prefill, self._step = self.engine.tower.encode, self.engine.prefill, self.engine.decode.step
         self.engine.tower.encode = self.encode  # type: ignore[method-assign]

@@ -51,7 +51,7 @@ def test_an_image_that_lost_everything_gets_its_best_back():
 
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
 def test_summed_attention_equals_the_whole_map(chunk, monkeypatch):
-    monkeypatch.setattr("trimming.attention._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("trimming.attention.CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8)
     mask = torch.zeros(2, 1, 5, 9).masked_fill(torch.rand(2, 1, 5, 9) < 0.3, torch.finfo(torch.float32).min)

@@ -280,7 +280,8 @@ def memories(engine: Engine) -> list[Memory]:
 def record_logits(engine: Engine) -> dict[str, list[Tensor]]:
     """Fills with the logits (V,) that each request's tokens are chosen from."""
     seen: dict[str, list[Tensor]] = {}
-    watch_choice(engine, lambda logits, sequence: seen.setdefault(sequence.request.id, []).append(logits.float()))
+    # A step with static shapes overwrites the last one's.
+    watch_choice(engine, lambda logits, sequence: seen.setdefault(sequence.request.id, []).append(logits.float().clone()))
     return seen
 
 

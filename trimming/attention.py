@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Elements of one chunk's attention map: 64 MB in fp32.
-_CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 24
 
 
 def summed_attention(query: Tensor, key: Tensor, mask: Tensor | None, rows: Tensor, scaling: float) -> Tensor:
@@ -26,7 +26,7 @@ def summed_attention(query: Tensor, key: Tensor, mask: Tensor | None, rows: Tens
     kv_heads, positions = key.shape[1], key.shape[2]
     total = torch.zeros(batch, heads, positions, dtype=torch.float32, device=query.device)
     transposed = key.transpose(-1, -2)
-    step = max(1, _CHUNK_ELEMENTS // (batch * heads * positions))
+    step = max(1, CHUNK_ELEMENTS // (batch * heads * positions))
     for chunk in rows.any(0).nonzero()[:, 0].split(step):
         # Query heads of one group lie next to each other: they become rows of their key head's product.
         part = query[:, :, chunk].reshape(batch, kv_heads, -1, width)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from transformers import MllamaConfig
 
+from trimming.attention import CHUNK_ELEMENTS
+
 if TYPE_CHECKING:
     from trimming.engine.vision import TowerTiles
 
@@ -219,6 +221,36 @@ class Costs:
         moved = self.itemsize * (weights + rows * width + sequences * self.text.vocab_size)
         moved += (rows + read) * geometry.self_kv_bytes(self.itemsize) + sum(seen) * geometry.layer_kv_bytes(self.itemsize)
         return Cost(2 * added, moved)
+
+    def activations(self, *, images: int, visual: int, prompt: int, sequences: int, each_layer: bool = False) -> int:
+        """Bytes that the engine's stages take at most of a device's memory, beside weights, keys and values; about.
+
+        The largest tensors that are there at once, by reading the stages' code: encoded images that wait for their prefill, and
+        of tower, prefill and sampling whichever takes most.
+
+        Args:
+            images: of the most tiles, that go through the tower at once.
+            visual: visual tokens of one prefill.
+            prompt: tokens of one prefill.
+            sequences: that decode at once.
+            each_layer: whether the policy decides in each layer, which holds all layers' keys and values until the last one.
+        """
+        text, vision, wide, width = self.text, self.vision, self.vision.hidden_size, self.text.hidden_size
+        key_value = 2 * self.geometry.kv_heads * self.geometry.head_dim
+        rows = images * vision.max_num_tiles * (self.tokens + -self.tokens % 8)
+        between = vision.vision_output_dim - wide
+        # Behind the tower: the intermediate layers' states, the same interleaved, both joined, and projected.
+        joined = 2 * between + vision.vision_output_dim + width
+        tower = rows * max(joined, between + 6 * wide + 2 * vision.intermediate_size)
+        # The features of a batch, their keys, values and normed keys.
+        prefill = prompt * (3 * text.intermediate_size + 6 * width) + visual * (width + 3 * key_value // 2)
+        prefill += each_layer * self.geometry.cross_layers * visual * key_value
+        # In fp32: distances of an image's features in three versions; attention of a chunk of rows, in as many.
+        scores = 3 * ((vision.max_num_tiles * self.tokens) ** 2 + CHUNK_ELEMENTS) * 4
+        # Sampling sorts and sums in fp32 and fp64.
+        sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)
+        encoded = (visual + rows) * (width + key_value)
+        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + scores, sampling)
 
     def kv_bytes(self, text: int, visual: int) -> int:
         """What a sequence of ``text`` tokens that keeps ``visual`` visual tokens holds. The engine's slots are a little longer

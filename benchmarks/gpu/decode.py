@@ -144,7 +144,7 @@ class Crowd:
         for _ in range(batch - len(running)):
             engine.submit(self._request())
         while len(running) < batch:
-            if not engine.waiting or not engine._start(list(engine.waiting)[: engine.prefill_sequences]):
+            if not engine.waiting or not engine._start(list(engine.waiting)[: engine.prefill_sequences.now]):
                 raise RuntimeError(f"{len(running)} sequences run, and no more: {batch} were to fit")
         kept = {s.trim.kept_visual_tokens for s in running if s.trim}
         if kept != {self.kept}:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from jobs.estimation.schedule import STAGES, Call, Stage
 
 ASSUMED: dict[Stage, float] = {"tower": 0.5, "prefill": 0.5, "decode": 0.6}
-"""Shares of the roofline that an uncalibrated estimate takes each stage to reach. Assumptions: 0.6 is this project's own goal
-for decode steps (benchmarks/gpu_results.py), 0.5 a usual share of the peak in large bf16 products. None is proven on a GPU."""
+"""Shares of the roofline that stand for stages without a measured one. Assumptions: 0.6 is this project's own goal for decode
+steps (the GPU benchmark's), 0.5 a usual share of the peak in large bf16 products."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ BAR = 40
 """Characters of the whole time."""
 FED, BUSY = 0.7, 0.9
 """Shares under which a measured run is said to have been short of rows."""
+GPU_RESULTS = "benchmarks/results/gpu.json"
+"""As a reader finds it (jobs.estimation.gpu_benchmark.RESULTS)."""
 _MARKS = {"tower": "#", "prefill": "+", "decode": "-"}
 
 
@@ -49,8 +51,13 @@ def _gpu(report: Report) -> Iterator[str]:
 
 
 def _shares(report: Report) -> str:
-    shares = report["roofline_shares"]
-    return "" if shares is None else " (" + ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()) + ")"
+    shares, assumed = report["roofline_shares"], report["assumed_shares"]
+    if shares is None:
+        return ""
+    # The line has said so already where all of them are.
+    marked = assumed if len(assumed) < len(STAGES) else ()
+    each = [f"{stage} {share:.0%}" + " assumed" * (stage in marked) for stage, share in shares.items()]
+    return f" ({', '.join(each)})"
 
 
 def _table(report: Report) -> Iterator[str]:
@@ -105,15 +112,29 @@ def _notes(report: Report) -> Iterator[str]:
         yield from _run(report, run)
     if found is None:
         yield said + "its errors on measured runs are in the repository's docs/estimate.md"
-        return
-    stages = ", ".join(f"{stage} {error:.0%}" for stage, error in found["largest"]["stages"].items())
-    yield (
-        f"{said}its largest error on the {found['runs']} measured runs it predicted, all on {found['hardware']}: {stages}, all "
-        f"stages together {found['largest']['together']:.0%}"
-    )
+    else:
+        stages = ", ".join(f"{stage} {error:.0%}" for stage, error in found["largest"]["stages"].items())
+        yield (
+            f"{said}its largest error on the {found['runs']} measured runs it predicted, all on {found['hardware']}: {stages}, "
+            f"all stages together {found['largest']['together']:.0%}"
+        )
     if run is None:
-        none = "No GPU has been measured yet: the" if found["gpu"] is None else "The"
-        yield f"{none} shares of the peaks are assumptions; --from a short run of your own replaces them."
+        yield f"{_shares_from(report)}; --from a short run of your own replaces them."
+
+
+def _shares_from(report: Report) -> str:
+    """Which shares of the peaks the GPU benchmark measured, on which card, and which are assumed."""
+    found, assumed = report["gpu_benchmark"], report["assumed_shares"]
+    if found is None:
+        return f"The shares of the peaks are assumptions, as there are no measurements of a GPU in {GPU_RESULTS}"
+    if found["unused"] is not None:
+        return f"The shares of the peaks are assumptions, as {GPU_RESULTS} is not used: {found['unused']}"
+    carried = "" if found["gpu"] == report["gpu"] else f" and are carried over to {report['hardware']}"
+    rest = f"; those of {', '.join(assumed)} are assumptions" if assumed else ""
+    return (
+        f"The shares of the peaks of {', '.join(found['shares'])} were measured on {found['hardware']} with the model "
+        f"{found['model']} ({GPU_RESULTS}){carried}{rest}"
+    )
 
 
 def _run(report: Report, run: Report) -> Iterator[str]:

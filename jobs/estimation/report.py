@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.estimation import gpus, job, machine, models
+from jobs.estimation import gpu_benchmark, gpus, job, machine, models
+from jobs.estimation.gpu_benchmark import GpuBenchmark
 from jobs.estimation.gpus import Gpu
 from jobs.estimation.job import Job
 from jobs.estimation.machine import Machine
@@ -34,6 +35,10 @@ class Place:
     calibration: str
     shares: Mapping[Stage, float] | None
     """Shares of the roofline by stage; None on a CPU."""
+    benchmark: GpuBenchmark | None = None
+    """What the GPU benchmark measured of them, or why it is not used; None without it, and with a run of the user's own."""
+    assumed: Sequence[Stage] = ()
+    """Stages whose shares are assumptions."""
 
 
 def build(given: Mapping[str, Any]) -> Report:
@@ -78,6 +83,8 @@ def build(given: Mapping[str, Any]) -> Report:
         "keep_from": why,
         "calibration": place.calibration,
         "roofline_shares": None if place.shares is None else dict(place.shares),
+        "assumed_shares": list(place.assumed),
+        "gpu_benchmark": None if place.benchmark is None else asdict(place.benchmark),
         "rates": {
             stage: {
                 "operations_per_second": _finite(place.machine.operations[stage]),
@@ -158,8 +165,14 @@ def _place(given: Mapping[str, Any], run: Measured | None) -> Place:
     if gpu is None:
         raise ValueError(f"gpu=None: name one ({', '.join(gpus.GPUS)}), or give --gpu-memory, --gpu-bandwidth and --gpu-rate")
     if run is None:
+        benchmark = gpu_benchmark.read()
+        measured = benchmark.shares if benchmark else {}
+        shares = {**machine.ASSUMED, **measured}
         said = "not calibrated: assumed shares of the data sheet's peaks"
-        return Place(machine.roofline(gpu.title, gpu.rate, gpu.bandwidth, machine.ASSUMED), gpu, said, machine.ASSUMED)
+        if benchmark and measured:
+            said = f"shares of the data sheet's peaks measured on {benchmark.hardware}"
+        assumed = [stage for stage in STAGES if stage not in measured]
+        return Place(machine.roofline(gpu.title, gpu.rate, gpu.bandwidth, shares), gpu, said, shares, benchmark, assumed)
     shares = run.shares(Costs(models.config_of(run.model), run.itemsize))
     said = f"shares of the peaks that {run.name} reached on {run.device}"
     return Place(machine.roofline(gpu.title, gpu.rate, gpu.bandwidth, shares), gpu, said, shares)

@@ -24,6 +24,7 @@ TowerTiles = Literal["all", "real"]
 TOWER_IMAGES = 8
 PREFILL_SEQUENCES = 16
 PREFILL_TOKENS = 8192
+PREFILL_VISUAL_TOKENS = 1 << 16
 SLOT_GRAIN = 32
 LEARNING, MARGIN = 0.2, 1.05
 """How fast the scheduler learns what rows keep, and how much more it expects."""
@@ -137,12 +138,16 @@ class _Simulation:
         used: float = sum(self.kept.values())
         here = {image for image, _ in self.segments}
         batch: list[Row] = []
-        tokens = 0
+        tokens = visual = 0
+        seen: set[int] = set()
         for row in self.waiting:
             tokens += row.prompt
+            visual += row.tiles * costs.tokens * (row.image not in seen)
+            seen.add(row.image)
             capacity = max(capacity, row.capacity)
             used += row.tiles * costs.tokens * self.share[row.image in here]
-            if len(batch) == PREFILL_SEQUENCES or (batch and tokens > PREFILL_TOKENS):
+            large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
+            if len(batch) == PREFILL_SEQUENCES or (batch and large):
                 return batch, True
             together = running + len(batch)
             room = (together + 1) * costs.kv_bytes(_slot(capacity), 0) + costs.kv_bytes(0, int(used))

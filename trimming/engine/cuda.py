@@ -7,6 +7,7 @@ nothing and write to a scratch place.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,9 @@ from trimming.engine.decode import Decode
 from trimming.engine.layers import Rotary, cross_queries, norm, self_projections, self_queries
 from trimming.engine.memory import Memory, Segment
 
-Attend = Callable[..., Tensor]
+logger = logging.getLogger(__name__)
 
-_MAX_POSITIONS = 8192
-"""Rotary tables begin with as many rows; a longer sequence makes them anew, and the graphs with them."""
+Attend = Callable[..., Tensor]
 
 
 def buckets(most: int) -> list[int]:
@@ -71,26 +71,44 @@ class GraphDecode(Decode):
         self.workspace = Workspace.allocate(room, geometry.heads, geometry.head_dim, device)
         self.columns = torch.arange(geometry.head_dim, device=device)
         self.heads = torch.arange(geometry.kv_heads, device=device)[:, None]
-        self.graphs: dict[int, tuple[Any, Tensor]] = {}
+        self.key_width = geometry.head_dim
+        self.channels: Tensor | None = None
+        """(cross layers, most, KV, key_width) the channels of a row's keys; None where keys have all of them."""
+        self.logits = torch.zeros(most, model.config.text_config.vocab_size, dtype=model.dtype, device=device)
+        """What every graph writes: a tensor in each of them would take as much again for every batch size."""
+        self.replays: dict[int, Callable[[], object]] = {}
+        """Of each batch size that has been captured."""
+        self.uncaptured: set[int] = set()
+        """Batch sizes whose capture failed: their steps run kernel by kernel."""
         self.pool: Any = None
-        rotary.grow(
-            min(_MAX_POSITIONS, model.config.text_config.max_position_embeddings),
-            torch.zeros(1, dtype=model.dtype, device=device),
-        )
+        """Memory that all graphs share, as one runs at a time. A handle is good for as long as any of its graphs lives."""
+        self.stream: Any = None
+        """That captures run on. torch's own is of the device that captured first in this process."""
 
     def step(self) -> Tensor:
         """Logits (B, V) of each sequence's next token, which the next step overwrites."""
         count = len(self.running)
         bucket = next(b for b in self.buckets if b >= count)
-        if max(self.positions) >= len(self.rotary.cos):
-            self.rotary.grow(max(self.positions) + 1, self.rotary.cos)
-            self.graphs.clear()
         if self.changed:
             self._upload()
             self.changed = False
         self.input[:count] = self.tokens
-        logits = self._replay(bucket) if self.capture else self._forward(bucket)
-        return logits[:count]
+        if self.capture and bucket not in self.replays and bucket not in self.uncaptured:
+            self._capture(bucket)
+        self.replays.get(bucket, lambda: self._forward(bucket))()
+        return self.logits[:count]
+
+    def release(self) -> bool:
+        """Hands the graphs' memory back; they are captured again when their batch size comes. Whether there were any."""
+        if not self.replays and not self.uncaptured:
+            return False
+        if self.input.device.type == "cuda":
+            # One may be running.
+            torch.cuda.synchronize(self.input.device)
+        self.replays.clear()
+        self.uncaptured.clear()
+        self.pool = None
+        return True
 
     def _upload(self) -> None:
         """Tells the device which rows run and where their keys and values lie."""
@@ -112,24 +130,53 @@ class GraphDecode(Decode):
         self.cross.copy_(places[:4])
         self.cross_length.copy_(places[4])
         self.sees.copy_(places[4].any(0)[:, None])
+        self._upload_channels()
 
-    def _replay(self, bucket: int) -> Tensor:
-        if bucket not in self.graphs:
-            # Once plainly, since a first call compiles and allocates; the keys and values it writes are written again.
-            place = self.place.clone()
-            self._forward(bucket)
-            self.place.copy_(place)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                logits = self._forward(bucket)
-            self.pool = graph.pool()
-            self.graphs[bucket] = (graph, logits)
-        graph, logits = self.graphs[bucket]
-        graph.replay()
-        return logits
+    def _upload_channels(self) -> None:
+        """Which channels the rows' keys have left, for a policy that slices keys."""
+        seeing = [(row, sequence.channels) for row, sequence in enumerate(self.running) if sequence.channels]
+        if not seeing:
+            return
+        width = seeing[0][1][0].shape[-1]
+        if self.channels is None or width != self.key_width:
+            # Graphs were captured for keys of another width.
+            self.release()
+            shape = (self.memory.geometry.cross_layers, len(self.input), self.memory.geometry.kv_heads, width)
+            self.key_width, self.channels = width, torch.zeros(shape, dtype=torch.long, device=self.input.device)
+        rows = torch.tensor([row for row, _ in seeing], device=self.input.device)
+        together = torch.stack([channels for _, layers in seeing for channels in layers])
+        self.channels[:, rows] = together.unflatten(0, (len(seeing), -1)).transpose(0, 1)
 
-    def _forward(self, bucket: int) -> Tensor:
+    def _capture(self, bucket: int) -> None:
+        """Makes the step of this batch size a graph. Where that fails, for want of memory say, it stays uncaptured."""
+        # Once plainly, since a first call compiles and allocates; the keys and values it writes are written again.
+        place = self.place.clone()
+        self._forward(bucket)
+        self.place.copy_(place)
+        try:
+            self.replays[bucket] = self._record(lambda: self._forward(bucket))
+        except RuntimeError as error:
+            # A capture that breaks off says many things for one reason, and what it was given is as it was before.
+            self.uncaptured.add(bucket)
+            logger.warning(f"decode steps of {bucket} rows run without a CUDA graph: {str(error).partition(chr(10))[0]}")
+
+    def _record(self, run: Callable[[], object]) -> Callable[[], object]:
+        """``run``'s kernels as a graph, to be replayed over the same addresses."""
+        device = self.input.device
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.stream = self.stream or torch.cuda.Stream(device)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            # Other threads of an embedding program may allocate meanwhile, which the default mode would not stand.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                run()
+        finally:
+            # A capture that fails at its end leaves its own stream behind as the current one.
+            torch.cuda.set_stream(before)
+        return graph.replay
+
+    def _forward(self, bucket: int) -> None:
+        """Writes ``logits`` of the first ``bucket`` rows."""
         states = self.text.embed_tokens(self.input[:bucket])
         place = self.place[:bucket]
         cos, sin = self.rotary.at(place)
@@ -145,9 +192,9 @@ class GraphDecode(Decode):
             else:
                 states = self._graph_self(layer, own, states, (cos, sin), row, length, bucket)
                 own += 1
+        self.logits[:bucket] = self.model.lm_head(norm(self.text.norm, states))
+        # Behind all that may fail: the same step can be taken again.
         self.place += self.alive
-        logits: Tensor = self.model.lm_head(norm(self.text.norm, states))
-        return logits
 
     def _graph_self(
         self, layer: Any, index: int, states: Tensor, rotary: tuple[Tensor, Tensor], row: Tensor, length: Tensor, bucket: int
@@ -169,6 +216,10 @@ class GraphDecode(Decode):
     def _graph_cross(self, layer: Any, index: int, states: Tensor, bucket: int) -> Tensor:
         attention = layer.cross_attn
         query = cross_queries(attention, norm(layer.input_layernorm, states))
+        if self.channels is not None:
+            channels = self.channels[index, :bucket, :, None]
+            grouped = query.unflatten(1, (channels.shape[1], -1))
+            query = grouped.gather(-1, channels.expand(*grouped.shape[:3], -1)).flatten(1, 2)
         # Keys, values, and their strides from head to head.
         places = tuple(self.cross[i, index, :bucket] for i in range(4))
         length, sees = self.cross_length[index, :bucket], self.sees[:bucket]

@@ -79,6 +79,10 @@ class Decode:
         self.changed = True
         return self.memory.resize(capacity)
 
+    def release(self) -> bool:
+        """Lets go of memory that can be made anew; whether there was any."""
+        return False
+
     def step(self) -> Tensor:
         """Logits (B, V) of each sequence's next token."""
         if self.changed:
@@ -88,7 +92,6 @@ class Decode:
         reach = max(self.positions) + 1
         places = torch.arange(len(self.running), device=self.tokens.device)
         states = self.text.embed_tokens(self.tokens)
-        self.rotary.grow(reach, states)
         cos, sin = self.rotary.at(positions)
         own = crossed = 0
         for stage, members in zip(self.stages, self._members, strict=True):

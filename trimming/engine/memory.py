@@ -257,11 +257,21 @@ def _grains(elements: int) -> int:
     return -(-elements // GRAIN) * GRAIN
 
 
+LEAST_SPARE = 1 << 28
+"""Bytes for keys and values, on a device however full."""
+
+
+def slack(total: float) -> float:
+    """Bytes of a device with ``total`` that neither weights, keys and values nor activations may count on: captured graphs,
+    libraries' workspaces, kernels, and what fragmentation costs the allocator. An estimate until a GPU has been measured."""
+    return (1 << 30) + total / 50
+
+
 def spare_bytes(device: torch.device, others: int = 0) -> int:
-    """What keys and values may take of a device that holds its model already: what is free, less room for activations and for
-    ``others``. On a CPU a quarter of what is free, 4 GiB at most: other processes live there."""
+    """What keys and values may take of a device that holds its model already: what is free, less ``slack`` and ``others``, which
+    are activations and cached images. On a CPU a quarter of what is free, 4 GiB at most: other processes live there."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(1 << 28, free - others - max(4 << 30, total // 20))
+        return max(LEAST_SPARE, free - others - round(slack(total)))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1 << 28, min(4 << 30, free // 4))
+    return max(LEAST_SPARE, min(4 << 30, free // 4))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
+from trimming.attention import CHUNK_ELEMENTS
 from trimming.costs import Geometry
 from trimming.engine.layers import (
     Rotary,
@@ -36,8 +37,6 @@ from trimming.selection import merged
 
 DECISIONS = 1024
 """Images, or rows of images, of which it is remembered what stays."""
-# Elements of the scores of one chunk of text rows: 64 MB in fp32.
-_CHUNK_ELEMENTS = 1 << 24
 
 
 class NoRoomError(Exception):
@@ -124,7 +123,6 @@ class Prefill:
         device = self.model.device
         tokens = torch.tensor([t for s in batch.sequences for t in s.request.tokens], device=device)
         states = self.text.embed_tokens(tokens)
-        self.rotary.grow(max(batch.lengths), states)
         cos, sin = self.rotary.at(torch.cat([torch.arange(n, device=device) for n in batch.lengths]))
         last = torch.tensor(batch.lengths, device=device).cumsum(0) - 1
         own = crossed = 0
@@ -605,7 +603,7 @@ def _attend_and_score(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     heads = query.shape[1]
     scores = query.new_zeros(heads, length, dtype=torch.float32)
     attended = []
-    for part in query.split(max(1, _CHUNK_ELEMENTS // (heads * length))):
+    for part in query.split(max(1, CHUNK_ELEMENTS // (heads * length))):
         weights = (fold(part, kv_heads) @ key.transpose(-1, -2) * scaling).softmax(-1, dtype=torch.float32)
         scores += weights.unflatten(1, (-1, len(part))).sum(2).flatten(0, 1)
         attended.append(unfold(weights.to(value.dtype) @ value, len(part)))

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
-from trimming.costs import Geometry
+from trimming.costs import Costs, Geometry
 from trimming.engine.decode import Decode
-from trimming.engine.layers import Rotary
+from trimming.engine.layers import Rotary, computing_on
+from trimming.engine.limits import Limit
 from trimming.engine.memory import Memory
 from trimming.engine.onednn import through_onednn
 from trimming.engine.prefill import NoRoomError, Prefill
@@ -37,7 +38,11 @@ TOWER_IMAGES = 8
 """Images that go through the tower at once, at most."""
 PREFILL_SEQUENCES = 16
 PREFILL_TOKENS = 8192
-"""Prompts, and their tokens, that are prefilled at once, at most."""
+PREFILL_VISUAL_TOKENS = 1 << 16
+"""Prompts, their tokens, and the visual tokens of their images, that are prefilled at once, at most: ten images of four tiles,
+or twenty of two. A longer one goes alone."""
+DECODE_PATIENCE = 1024
+"""Decode steps before a lowered number of sequences is raised: those that are sent back are begun anew, which is dear."""
 SLOT_GRAIN = 32
 """Slots have room for a multiple of this many tokens."""
 
@@ -93,7 +98,8 @@ class Engine:
             raise ValueError(f"rows={rows!r} is one of {get_args(Rows)}, tower_tiles={tower_tiles!r} of {get_args(TowerTiles)}")
         model = through_onednn(model)
         self.model, self.policy, self.eos, self.detokenize = model, policy, frozenset(eos), detokenize
-        self.max_sequences, self.tower_images, self.prefill_sequences = max_sequences, TOWER_IMAGES, PREFILL_SEQUENCES
+        self.max_sequences = Limit(max_sequences, DECODE_PATIENCE)
+        self.tower_images, self.prefill_sequences = Limit(TOWER_IMAGES), Limit(PREFILL_SEQUENCES)
         self.image_token: int = model.config.image_token_index
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.max_length: int = model.config.text_config.max_position_embeddings
@@ -102,7 +108,7 @@ class Engine:
         self.geometry = Geometry.of(model.config)
         self.stages = stages(model)
         self.memory = _memory_for(model, kv_bytes)
-        rotary = Rotary(model.model.language_model.rotary_emb)
+        rotary = Rotary(model)
         self.prefill = Prefill(model, policy, rows, self.memory, rotary)
         self.decode = _decode_for(model, self.memory, rotary, max_sequences, policy)
         self.waiting: deque[Sequence_] = deque()
@@ -194,9 +200,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """Admits what fits, then one token for each running sequence."""
-        self._admit()
-        if self.decode.running:
-            self._decode()
+        with computing_on(self.model.device):
+            self._admit()
+            if self.decode.running:
+                self._decode()
 
     def reset_statistics(self) -> None:
         self.statistics = Statistics()
@@ -247,17 +254,22 @@ class Engine:
         used = memory.segment_elements
         here = {_keys(s) for s in running}
         batch: list[Sequence_] = []
-        tokens = 0
+        tokens = visual = 0
+        seen: set[str] = set()
         # A copy: other threads submit meanwhile.
-        for sequence in list(islice(self.waiting, self.prefill_sequences + 1)):
+        for sequence in list(islice(self.waiting, self.prefill_sequences.now + 1)):
             tokens += len(sequence.request.tokens)
+            new = {image.key: len(image.pixels) for image in sequence.request.images if image.key not in seen}
+            visual += sum(new.values()) * self.tower.tokens
+            seen |= new.keys()
             capacity = max(capacity, sequence.capacity)
             used += self._expected(sequence, _keys(sequence) in here)
             together = len(running) + len(batch)
-            if len(batch) == self.prefill_sequences or (batch and tokens > PREFILL_TOKENS):
+            large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
+            if len(batch) == self.prefill_sequences.now or (batch and large):
                 return batch, True
             fits = memory.fits(together + 1, ceil_to(capacity, SLOT_GRAIN), used)
-            if together == self.max_sequences or not fits:
+            if together >= self.max_sequences.now or not fits:
                 break
             batch.append(sequence)
             here.add(_keys(sequence))
@@ -276,7 +288,7 @@ class Engine:
     def _start(self, batch: list[Sequence_]) -> bool:
         """Encodes and prefills ``batch``, which stands first among the waiting; False where nothing more can start now."""
         if not self._encode(batch):
-            return True
+            return not self._full_house
         if not self._reserve(batch):
             return self._no_room(batch)
         began = time.perf_counter()
@@ -296,6 +308,7 @@ class Engine:
         if failure is not None:
             self._unreserve(batch)
             return self._no_room(batch) if isinstance(failure, NoRoomError) else self._prefill_failed(batch, failure)
+        self.prefill_sequences.passed(len(batch))
         self._learn(batch, here)
         for sequence in batch:
             self.waiting.remove(sequence)
@@ -348,11 +361,13 @@ class Engine:
     def _prefill_failed(self, batch: list[Sequence_], error: Exception) -> bool:
         """Takes a failed batch apart, so that only its culprit fails."""
         if len(batch) == 1:
+            if out_of_memory(error) and self._make_room(batch[0]):
+                return not self._full_house
             self._fail(batch[0], error)
             return True
         if out_of_memory(error):
-            self.prefill_sequences = len(batch) // 2
-            self._warn(f"out of memory in a prefill of {len(batch)} prompts: {self.prefill_sequences} at a time from now on")
+            self.prefill_sequences.lower(len(batch) // 2)
+            self._warn(f"out of memory in a prefill of {len(batch)} prompts: {len(batch) // 2} at a time for now")
             return True
         started = [self._start([sequence]) for sequence in batch]
         return all(started)
@@ -372,12 +387,13 @@ class Engine:
     # ---- images ---------------------------------------------------------------------------------------------------------
 
     def _encode(self, batch: Sequence[Sequence_]) -> bool:
-        """Gives every sequence of ``batch`` its encoded images; False where one of them could not have them, and has failed."""
+        """Gives every sequence of ``batch`` its encoded images; False where one of them could not have them: it has failed,
+        waits for another to leave, or lost them to a neighbour that ran out of memory."""
         fine = True
         for sequence in batch:
             while fine and len(sequence.encoded) < len(sequence.request.images):
                 fine = self._encode_next(sequence)
-        return fine
+        return fine and all(len(s.encoded) == len(s.request.images) for s in batch)
 
     def _encode_next(self, sequence: Sequence_) -> bool:
         """The sequence's next image, from the cache or from the tower, where others of its tile count come along."""
@@ -398,12 +414,17 @@ class Engine:
             else:
                 features = self.tower.encode(pictures)
             self._synchronise()
+            failure = None
         except Exception as error:
             if not self._healthy():
                 raise
-            return self._tower_failed(together, error)
+            # As in a prefill.
+            failure = error.with_traceback(None)
         finally:
             self.seconds["tower"] += time.perf_counter() - began
+        if failure is not None:
+            return self._tower_failed(together, failure)
+        self.tower_images.passed(len(together))
         self.statistics.images_encoded += len(together)
         for number, ((owner, image), own) in enumerate(zip(together, features, strict=True)):
             # A view would keep all of the batch's images.
@@ -420,8 +441,8 @@ class Engine:
         if image.key in self._suspects:
             return together
         keys = {image.key}
-        for other in list(self.waiting)[: 2 * self.tower_images + self.prefill_sequences]:
-            if len(together) == self.tower_images:
+        for other in list(self.waiting)[: 2 * self.tower_images.now + self.prefill_sequences.now]:
+            if len(together) >= self.tower_images.now:
                 break
             done = len(other.encoded)
             if other is sequence or done == len(other.request.images):
@@ -434,13 +455,18 @@ class Engine:
         return together
 
     def _tower_failed(self, together: list[tuple[Sequence_, Image]], error: Exception) -> bool:
-        """Fewer images at a time where memory ran out; one alone fails."""
+        """Fewer images at a time where memory ran out; one alone fails once nothing can be let go of. Whether to try again."""
         if len(together) == 1:
-            self._fail(together[0][0], error)
+            owner = together[0][0]
+            if out_of_memory(error) and self._make_room(owner):
+                # Fewer images are held at once from now on: the rest of this batch may just have lost its own.
+                self.prefill_sequences.lower(self.prefill_sequences.now // 2)
+                return not self._full_house
+            self._fail(owner, error)
             return False
         if out_of_memory(error):
-            self._warn(f"out of memory in the vision tower: {len(together) // 2} images at a time from now on")
-            self.tower_images = len(together) // 2
+            self._warn(f"out of memory in the vision tower: {len(together) // 2} images at a time for now")
+            self.tower_images.lower(len(together) // 2)
         else:
             self._suspects.update(image.key for _, image in together)
         return True
@@ -455,13 +481,17 @@ class Engine:
             tokens = self._choose(logits, running)
             said = tokens.tolist()
             self.decode.advance(tokens)
+            failure = None
         except Exception as error:
-            if not out_of_memory(error) or len(running) == 1 or not self._healthy():
+            if not out_of_memory(error) or not self._healthy():
                 raise
-            self._preempt(running[len(running) // 2 :])
-            return
+            failure = error.with_traceback(None)
         finally:
             self.seconds["decode"] += time.perf_counter() - began
+        if failure is not None:
+            self._decode_failed(running, failure)
+            return
+        self.max_sequences.passed(len(running))
         self.statistics.decode_steps += 1
         self.statistics.decode_tokens += len(said)
         self._say(running, said)
@@ -511,14 +541,52 @@ class Engine:
             self.memory.release(sequence.segment)
             sequence.segment = None
 
+    def _decode_failed(self, running: Sequence[Sequence_], error: Exception) -> None:
+        """After a step that ran out of memory: the others take it again, one alone once more memory is free."""
+        # The device's places may be those of the step after.
+        self.decode.changed = True
+        if len(running) > 1:
+            self._preempt(running[len(running) // 2 :])
+        elif not self._free_memory():
+            (sequence,) = running
+            self._leave(sequence)
+            sequence.future.set_exception(error)
+
     def _preempt(self, sequences: Sequence[Sequence_]) -> None:
         """Sends ``sequences`` back to wait, to be begun anew: their random streams are their own, so they will say the same."""
-        self.max_sequences = len(self.decode.running) - len(sequences)
-        self._warn(f"out of memory in decoding: {self.max_sequences} sequences at a time from now on")
+        rest = len(self.decode.running) - len(sequences)
+        self.max_sequences.lower(rest)
+        self._warn(f"out of memory in decoding: {rest} sequences at a time for now")
         for sequence in sequences:
             self._leave(sequence)
             sequence.said = []
         self.waiting.extendleft(reversed(sequences))
+
+    # ---- memory that ran out --------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence_) -> bool:
+        """For one that ran out of memory alone: whether it may try again, at once or, with a full house, when another has left.
+
+        Nobody is sent back for it: the memory of keys and values is of a fixed size, so that this would give the device
+        nothing but the little that a step of fewer rows takes.
+        """
+        if self._free_memory(sequence):
+            return True
+        self._full_house = bool(self.decode.running)
+        return self._full_house
+
+    def _free_memory(self, sequence: Sequence_ | None = None) -> bool:
+        """Lets go of what can be made anew, but for what ``sequence`` needs: encoded images and captured graphs. Whether there
+        was any."""
+        held = [other for other in list(self.waiting) if other.encoded and other is not sequence]
+        freed = bool(held or self.images)
+        for other in held:
+            other.encoded = []
+        self.images.clear()
+        freed = self.decode.release() or freed
+        if freed and self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return freed
 
     # ---- the rest -------------------------------------------------------------------------------------------------------
 
@@ -569,21 +637,44 @@ def _memory_for(model: MllamaForConditionalGeneration, kv_bytes: int | Sequence[
     return ShardedMemory(geometries, kv_bytes, model.dtype, devices)
 
 
+def activation_bytes(model: MllamaForConditionalGeneration, policy: Policy, max_sequences: int) -> int:
+    """What an engine's stages may take of a device beside weights, keys and values, at most; about."""
+    return Costs(model.config, model.dtype.itemsize).activations(
+        images=TOWER_IMAGES,
+        visual=PREFILL_VISUAL_TOKENS,
+        prompt=PREFILL_TOKENS,
+        sequences=max_sequences,
+        each_layer=policy.where == "each_layer",
+    )
+
+
 def _decode_for(
     model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary, most: int, policy: Policy
 ) -> Decode:
     # A graph is one device's. On several each step launches its kernels, behind which the weights of a model that needs
-    # several take their time to read. And the graph's kernel wants keys as wide as values.
-    if model.device.type != "cuda" or isinstance(memory, ShardedMemory) or policy.slices:
+    # several take their time to read.
+    if model.device.type != "cuda" or isinstance(memory, ShardedMemory):
         return Decode(model, memory, rotary)
     from trimming.engine.cuda import GraphDecode
 
     return GraphDecode(model, memory, rotary, most)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether ``error`` is a device's, or the CPU allocator's, want of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+_SAID_WITHOUT_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is a want of memory: of torch's allocator on a device, of what allocates beside it (the driver, its
+    libraries, Triton), or of the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID_WITHOUT_MEMORY)
+    )
 
 
 def _keys(sequence: Sequence_) -> tuple[str, ...]:

@@ -168,6 +168,9 @@ class ImageCache:
         self._images[key] = image
         self.shrink()
 
+    def __len__(self) -> int:
+        return len(self._images)
+
     def clear(self) -> None:
         self._images.clear()
 
