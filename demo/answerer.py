@@ -1,6 +1,6 @@
 """Answer rows with the demo model in this process, without Ray: what ``demo.table`` and ``demo.picture`` measure and draw.
 
-The engine, the prompts and the tiles are those of ``python -m jobs.answer``: greedy decoding in fp32. Encoded images outlive
+The engine, the prompts and the tiles are those of ``python -m jobs.answer`` with greedy decoding. Encoded images outlive
 an engine, since nothing in them depends on a policy: each image goes through the vision tower once for all questions and
 policies.
 """
@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from demo.shards import Row
+from pipeline.config import Dtype
 from pipeline.engine import Answer, Decoding, Engine, Limits, Prompt
 from pipeline.images import Tiler, Tiles, digest
 from pipeline.model import find_checkpoint, load_model, load_processor
@@ -42,12 +44,20 @@ class Answered:
 
 
 class Answerer:
-    """A loaded model and its processor, with the tiles and the encoded images that its engines have seen so far."""
+    """A loaded model and its processor, with the tiles and the encoded images that its engines have seen so far.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the checkpoint's.
+        device: where the model, its caches and the encoded images lie. Tiles stay on the host until they are encoded.
+        dtype: of the weights and of all that is cached.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu", dtype: Dtype = "float32") -> None:
         checkpoint = find_checkpoint(str(folder), None)
         self.processor = load_processor(checkpoint)
-        self.model = load_model(checkpoint, "float32", [torch.device("cpu")])
+        # Where torchvision is installed, transformers resizes with it, and its pixels are not quite Pillow's.
+        self.processor.image_processor = MllamaImageProcessorPil.from_pretrained(folder)
+        self.model = load_model(checkpoint, dtype, [torch.device(device)])
         self.tiler = Tiler(self.processor)
         self.tokens = cache(Prompter(self.processor).tokens)
         self._tiles: dict[str, Tiles] = {}

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trimming import KeepAll, Policy, SnapKV, ThinK, TrimmedLlama
-from trimming.engine import Engine, Request
+from trimming.engine import Engine, Image, Request
 from trimming.engine.decode import Decode
 from trimming.engine.layers import computing_on
 
 pytest.importorskip("triton")
-from trimming.engine.cuda import GraphDecode  # noqa: E402 - it imports triton
+from trimming.engine.cuda import GraphDecode
 
 ROWS = [*BATCHES["mixed tiles"], *BATCHES["text-only among images"], *BATCHES["several images"]]
 WAITS = {
@@ -91,7 +91,16 @@ class Recorded(GraphDecode):
 
     def plain_attend(self, query: Tensor, arena: Tensor, *given: Any) -> Tensor:
         """One kernel to a graph, which reads places and lengths on the device."""
-        names = ("key_offset", "value_offset", "key_head_stride", "value_head_stride", "length", "kv_heads", "value_width", "scaling")
+        names = (
+            "key_offset",
+            "value_offset",
+            "key_head_stride",
+            "value_head_stride",
+            "length",
+            "kv_heads",
+            "value_width",
+            "scaling",
+        )
 
         def attend() -> Tensor:
             return reference({"query": query, "arena": arena, **dict(zip(names, given, strict=False))}).to(query.dtype)
@@ -172,7 +181,9 @@ def test_the_rotary_tables_are_whole_from_the_start_and_stay_where_they_are() ->
     places = decode.rotary.cos.data_ptr(), decode.rotary.sin.data_ptr()
     (prompt,) = make_prompts([Row((1,))])
     complete(engine, [prompt.request("short", 4)])
-    long = Request(id="long", tokens=prompt.tokens + [5] * (most - 40), images=prompt.images, max_new_tokens=40 - len(prompt.tokens))
+    long = Request(
+        id="long", tokens=prompt.tokens + [5] * (most - 40), images=prompt.images, max_new_tokens=40 - len(prompt.tokens)
+    )
     found = run(engine, [[long]])["long"]
     assert (decode.rotary.cos.data_ptr(), decode.rotary.sin.data_ptr()) == places
     wanted = run(make_engine(KeepAll(), kv_bytes=1 << 24), [[long]])["long"]
@@ -210,7 +221,10 @@ def test_released_graphs_are_captured_again_in_a_pool_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: operation failed due to a previous error during capture")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: operation failed due to a previous error during capture"),
+    ],
     ids=["out of memory", "invalidated"],
 )
 def test_a_capture_that_fails_costs_no_answer(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
@@ -251,7 +265,12 @@ def test_the_engine_computes_without_cudnns_attention(monkeypatch: pytest.Monkey
     seen = []
     encode = make_engine().tower.encode
     engine = make_engine()
-    monkeypatch.setattr(engine.tower, "encode", lambda images: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), encode(images))[1])
+
+    def look(images: list[Image]) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return encode(images)
+
+    monkeypatch.setattr(engine.tower, "encode", look)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     complete(engine, [p.request("0", 3) for p in make_prompts([Row((1,))])])
     assert seen == [False]
@@ -281,9 +300,9 @@ def test_the_engines_own_device_is_the_current_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_graph_is_captured_on_the_models_device_and_disturbs_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls to torch's capture, which a CPU build lacks: streams by device, errors of this thread alone, the stream that was
-    current afterwards whatever happened."""
-    engine, decode = make_recorded(KeepAll())
+    """The calls to torch's capture, which a CPU build lacks: a stream of the device, errors of this thread alone, and whatever
+    happens the stream that was current before."""
+    _, decode = make_recorded(KeepAll())
     calls: list[tuple[str, Any]] = []
 
     class Graph:

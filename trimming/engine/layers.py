@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import MllamaForConditionalGeneration
 
-
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All of torch's attention but cuDNN's, which torch prefers on Hopper: it builds a plan for each new shape, 0.4 seconds each by
 public reports (transformers issue 48163), and prompts and kept sets are of a new length nearly every time."""

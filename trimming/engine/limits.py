@@ -10,8 +10,8 @@ MOST_PATIENCE = 4096
 class Limit:
     """A number of images, prompts or sequences.
 
-    Running out of memory lowers it. Once ``patience`` calls at the lowered limit have succeeded it doubles, up to ``most``; each
-    time that proves too much, twice as many have to succeed before the next try.
+    Running out of memory lowers it. Once ``patience`` calls at the lowered limit have succeeded it doubles, up to ``most``;
+    each time that proves too much, twice as many have to succeed before the next try.
 
     Args:
         most: the limit where memory suffices.

@@ -268,8 +268,8 @@ def slack(total: float) -> float:
 
 
 def spare_bytes(device: torch.device, others: int = 0) -> int:
-    """What keys and values may take of a device that holds its model already: what is free, less ``slack`` and ``others``, which
-    are activations and cached images. On a CPU a quarter of what is free, 4 GiB at most: other processes live there."""
+    """What keys and values may take of a device that holds its model already: what is free, less ``slack`` and ``others``
+    (activations and cached images). On a CPU a quarter of what is free, 4 GiB at most: other processes live there."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(LEAST_SPARE, free - others - round(slack(total)))
