@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,9 +18,11 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """What is checked out."""
+    """What is checked out; in a copy without git what the variable COMMIT says."""
     head = _git("rev-parse", "HEAD")
-    return f"{head} and uncommitted changes" if head != "unknown" and _git("status", "--porcelain") else head
+    if head == "unknown":
+        return os.environ.get("COMMIT", head)
+    return f"{head} and uncommitted changes" if _git("status", "--porcelain") else head
 
 
 def _git(*arguments: str) -> str:

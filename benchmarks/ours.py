@@ -113,16 +113,17 @@ class Ours:
         for at in rows:
             row = workload.rows[at]
             if known is None:
-                image = self._image(workload.images[row.image], f"{at}/")
+                image = self.image(workload.images[row.image], f"{at}/")
             elif row.image in known:
                 image = known[row.image]
             else:
-                image = known[row.image] = self._image(workload.images[row.image], "")
+                image = known[row.image] = self.image(workload.images[row.image])
             tokens = self.prompter.tokens(row.prompt, images=1)
             requests.append(Request(id=str(at), tokens=tokens, images=[image], max_new_tokens=length or row.length))
         return requests
 
-    def _image(self, file: bytes, prefix: str) -> Image:
+    def image(self, file: bytes, prefix: str = "") -> Image:
+        """A file's tiles, under its digest."""
         tiles = self.tiler(decode(file))
         return Image(f"{prefix}{digest(file)}", tiles.pixels, tiles.ratio_id)
 

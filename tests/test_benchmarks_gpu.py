@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_decode
-from benchmarks.gpu.amounts import TINY_GPU, GpuAmounts
+from benchmarks.gpu import captioning, decode
+from benchmarks.gpu.amounts import SECTIONS, TINY_GPU
+from benchmarks.gpu.attention import AttentionShapes, compare_backends
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.captioning import Captioning, measure_captioning
+from benchmarks.gpu.conditions import conditions_of
 from benchmarks.gpu.decode import POLICIES, Crowd, measure_decode
 from benchmarks.gpu.model import ELEVEN_B, build_on
 from benchmarks.gpu.page import markdown
-from benchmarks.gpu.results import conditions_of, ratios, result
+from benchmarks.gpu.prefill import measure_prefill
+from benchmarks.gpu.questions import measure_questions
+from benchmarks.gpu.results import GOALS, ratios
+from benchmarks.gpu.roofline import Rates, measure_rates
 from benchmarks.gpu.tower import random_images
 from benchmarks.model import TINY, build_model, build_processor
-from benchmarks.gpu.roofline import Rates, measure_rates
 from benchmarks.timing import Pass
 from trimming.costs import Cost, Costs
-from trimming.engine.sequence import Encoded
+from trimming.engine import prefill as engine_prefill
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+
+
+def replace_amounts(bench: Bench, **changes: Any) -> Bench:
+    bench.amounts = replace(bench.amounts, **changes)
+    return bench
+
+
+def page_of(bench: Bench, sections: dict[str, Any]) -> dict[str, Any]:
+    """A result as the store writes it."""
+    whole = {"rehearsal": True, "ratios": ratios(sections), "goals": GOALS, "sections": sections}
+    return {**whole, "conditions": conditions_of(bench)}
 
 
 @pytest.fixture
 def bench() -> Bench:
-    processor = build_processor(TINY)
-    return Bench(
-        device=CPU,
-        amounts=replace(TINY_GPU, minutes=10.0),
-        size=TINY,
-        model=build_on(CPU, TINY, processor, seed=0),
-        processor=processor,
-        rates=Rates(1e9, 1e9),
-        save=lambda: None,
-        say=lambda line: None,
-        began=gpu.time.monotonic(),
-    )
+    made = Bench(device=CPU, amounts=TINY_GPU, save=lambda: None, say=lambda line: None)
+    made.rates = Rates(1e9, 1e9)
+    return made
 
 
 # ---- model ------------------------------------------------------------------------------------------------------------------
@@ -104,33 +104,37 @@ def test_rates_are_of_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_crowd_stands_where_it_is_said_to(bench: Bench, name: str) -> None:
-    encoded = gpu_decode._encode(bench)
+    encoded = decode._encode(bench)
     crowd = Crowd(bench, POLICIES[name], encoded)
     engine, context = crowd.engine, bench.amounts.prompt + bench.amounts.said
-    for batch in (1, 3, crowd.largest):
-        measured = crowd.measure(batch)
-        assert len(engine.decode.running) == batch
-        assert engine.decode.positions == [context] * batch
-        segments = [s.segment for s in engine.decode.running]
-        assert len({id(segment) for segment in segments}) == batch
-        # Four tiles of ten visual tokens.
-        assert {extent.rows for s in segments if s for extent in s.layers} == {40 if name == "full" else 20}
-        assert measured["tokens_per_second"] == pytest.approx(batch / measured["seconds"]["median"])
+    with torch.inference_mode():
+        for batch in (1, 3, crowd.largest):
+            measured = crowd.measure(batch)
+            assert len(engine.decode.running) == batch
+            assert engine.decode.positions == [context] * batch
+            segments = [s.segment for s in engine.decode.running]
+            assert len({id(segment) for segment in segments}) == batch
+            # Four tiles of ten visual tokens.
+            assert {extent.rows for s in segments if s for extent in s.layers} == {
+                {"full": 40, "half": 20, "quarter": 10}[name]
+            }
+            assert measured["tokens_per_second"] == pytest.approx(batch / measured["seconds"])
     assert not engine.statistics.images_encoded
     # One more does not fit.
     assert not engine.memory.open_slots(1) or engine.memory.allocate([crowd.kept] * 3) is None
 
 
 def test_a_step_is_compared_with_the_cost_of_its_own_batch(bench: Bench) -> None:
-    crowd = Crowd(bench, POLICIES["half"], gpu_decode._encode(bench))
-    one, four = crowd.measure(1), crowd.measure(4)
+    with torch.inference_mode():
+        crowd = Crowd(bench, POLICIES["half"], decode._encode(bench))
+        one, four = crowd.measure(1), crowd.measure(4)
     assert four["kv_bytes"] == 4 * one["kv_bytes"]
     # Weights are read once.
     assert one["bytes"] < four["bytes"] < 4 * one["bytes"]
     assert four["operations"] == 4 * one["operations"]
     floor = max(four["operations"], four["bytes"]) / 1e9
     assert four["roofline_seconds"] == floor
-    assert four["roofline_share"] == pytest.approx(floor / four["seconds"]["median"])
+    assert four["roofline_share"] == pytest.approx(floor / four["seconds"])
 
 
 def test_a_batch_that_runs_out_of_memory_ends_its_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,22 +149,55 @@ def test_a_batch_that_runs_out_of_memory_ends_its_policy(bench: Bench, monkeypat
     out: dict[str, Any] = {}
     measure_decode(bench, out)
     for name in POLICIES:
-        assert list(out[name]["batches"]) == ["1", "2", "4"]
-        assert out[name]["batches"]["4"] == {"error": "out of memory"}
+        assert list(out["policies"][name]["batches"]) == ["2", "4"]
+        assert out["policies"][name]["batches"]["4"] == {"error": "out of memory"}
 
 
 def test_nothing_begins_after_the_end(bench: Bench) -> None:
-    bench.amounts = replace(bench.amounts, minutes=0.0)
-    decode: dict[str, Any] = {}
-    measure_decode(bench, decode)
-    assert decode["full"]["batches"] == decode["half"]["batches"] == {}
-    captioning: dict[str, Any] = {}
-    measure_captioning(bench, captioning)
-    assert captioning["contenders"] == captioning["sweep"] == {}
-    assert "| ratio |" not in markdown(result({"decode": decode, "captioning": captioning}, conditions_of(bench)))
+    bench.deadline = 0.0
+    sections: dict[str, Any] = {}
+    for name, measure in (
+        ("prefill", measure_prefill),
+        ("decode", measure_decode),
+        ("captioning", measure_captioning),
+        ("questions", measure_questions),
+    ):
+        sections[name] = {"status": "done", "took": 0.0, "conditions": conditions_of(bench)}
+        measure(bench, sections[name])
+    assert [one["batches"] for one in sections["decode"]["policies"].values()] == [{}, {}, {}]
+    assert sections["captioning"]["contenders"] == sections["captioning"]["sweep"] == sections["questions"]["contenders"] == {}
+    page = markdown(page_of(bench, sections))
+    assert "| ratio |" not in page
+    assert "cannot be made" not in page
 
 
-# ---- tower and captioning ---------------------------------------------------------------------------------------------------
+# ---- prefill ----------------------------------------------------------------------------------------------------------------
+
+
+def test_prefills_are_repeated_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt has an image of its own, whose keys and values each run projects anew and lets go of."""
+    projected: list[int] = []
+    project = engine_prefill.cross_projections
+
+    def count(attention: Any, features: torch.Tensor) -> Any:
+        projected.append(len(features))
+        return project(attention, features)
+
+    monkeypatch.setattr(engine_prefill, "cross_projections", count)
+    out: dict[str, Any] = {}
+    measure_prefill(replace_amounts(bench, prefills=(3,), prefill_runs=4), out)
+    # Two tiles of ten visual tokens, three prompts, three cross-attention layers; once to warm up, and for the profile.
+    assert projected[: 3 * (1 + 4)] == [60] * 15
+    assert set(projected) == {60, 30}
+    full, half = (out["policies"][name]["batches"]["3"] for name in ("full", "half"))
+    assert (full["kept"], half["kept"]) == (20, 10)
+    assert half["operations"] < full["operations"]
+    assert out["farthest_points"]["launches"] > 0
+    assert out["profile"]["kernels"] > out["profile"]["longest"][0]["calls"]
+    assert len(out["profile"]["longest"]) == 10
+
+
+# ---- tower, captioning and questions ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 4])
@@ -173,23 +210,49 @@ def test_random_images_have_their_tiles(bench: Bench, tiles: int) -> None:
     assert first.ratio_id == {1: 1, 2: 2, 4: 4}[tiles]
 
 
-def test_every_timed_pass_encodes_every_image(bench: Bench) -> None:
-    bench.amounts = replace(bench.amounts, rounds=2)
+def test_a_backend_that_is_not_there_is_named(bench: Bench) -> None:
+    found = compare_backends(bench)
+    assert found["flash"]["prefill_new"] > 0
+    assert "error" in found["cudnn"]
+
+
+def test_attention_is_counted_by_shape() -> None:
+    short, long = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
+    with AttentionShapes() as shapes:
+        for states in (short, long, short):
+            torch.nn.functional.scaled_dot_product_attention(states, states, states)
+    assert (shapes.calls, len(shapes.shapes)) == (3, 2)
+
+
+def test_every_round_has_images_of_its_own_and_encodes_all_of_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+    whole = captioning.engine_pass
+
+    def engine_pass(bench: Bench, engine: Any, requests: Any) -> Pass:
+        seen.append(tuple(image.key for request in requests for image in request.images))
+        return whole(bench, engine, requests)
+
+    monkeypatch.setattr(captioning, "engine_pass", engine_pass)
     out: dict[str, Any] = {}
-    captioning = Captioning(bench, out)
-    captioning.measure()
-    lengths = [row.length for row in captioning.load.rows]
-    assert set(out["contenders"]) == {"engine", out["peer"], "engine, trimmed", "engine, real tiles"}
-    for name, said in captioning.tokens.items():
-        assert [len(row) for row in said] == lengths
-        assert out["contenders"][name]["passes"] == 2
+    made = Captioning(replace_amounts(bench, rounds=2), out)
+    made.measure()
+    lengths = [row.length for row in made.load(2).rows]
+    assert set(out["contenders"]) == {"engine", "peer", "engine, trimmed", "engine, real tiles"}
+    assert {name: [len(row) for row in said] for name, said in made.tokens.items()} == {name: lengths for name in out["contenders"]}
+    assert {one["passes"] for one in out["contenders"].values()} == {2}
+    # Warm-up of both policies, then three ways in each of two rounds.
+    assert len(seen) == 2 + 6
+    warm, first, second = set(seen[0]), set(seen[2]), set(seen[5])
+    assert not warm & first
+    assert not first & second
     for name in ("engine", "engine, trimmed", "engine, real tiles"):
         one = out["contenders"][name]
         assert one["images_encoded"] == 6
-        # Since the pass began, not since the engine was made.
-        assert one["decode_tokens"] == sum(lengths) - 6
-    assert out["contenders"]["engine, trimmed"]["keep_fraction"] == pytest.approx(0.5, abs=0.05)
+        # Since the pass began, not since the engine was made; the mean of both rounds.
+        assert one["decode_tokens"] == (made.load(1).tokens + made.load(2).tokens) / 2 - 6
+    assert out["contenders"]["engine, trimmed"]["keep_fraction"] == pytest.approx(0.5, abs=0.1)
     assert out["same"]["first_tokens"] >= 0.5
+    assert out["attention"]["trimmed_shapes"] > 1
 
 
 def test_a_batch_size_that_does_not_fit_is_no_contender(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +267,18 @@ def test_a_batch_size_that_does_not_fit_is_no_contender(bench: Bench, monkeypatc
     out: dict[str, Any] = {}
     measure_captioning(bench, out)
     assert out["sweep"]["4"]["error"] == "out of memory"
-    assert out["peer"] == "peer 2"
+    assert out["peer_batch"] == 2
+
+
+def test_questions_say_what_was_held(bench: Bench) -> None:
+    out: dict[str, Any] = {}
+    measure_questions(bench, out)
+    full, trimmed = out["contenders"]["engine"], out["contenders"]["engine, trimmed"]
+    assert out["rows"] == 5 * out["images"]
+    assert full["images_encoded"] == trimmed["images_encoded"] == out["images"]
+    # With all features five rows share what each of them counts.
+    assert full["cross_kv_bytes_of_rows"] == pytest.approx(5 * full["peak_cross_kv_bytes"], rel=0.3)
+    assert trimmed["peak_cross_kv_bytes"] > full["peak_cross_kv_bytes"]
 
 
 # ---- results ----------------------------------------------------------------------------------------------------------------
@@ -214,13 +288,16 @@ def test_ratios_are_of_what_is_there() -> None:
     def taking(seconds: float) -> dict[str, Any]:
         return {"seconds": {"median": seconds}}
 
+    batches = {"8": {"roofline_share": 0.5}, "32": {"error": "out of memory"}}
     sections: dict[str, Any] = {
-        "tower": {"images": 8, "4": {"all": {"roofline_share": 0.7}}},
-        "decode": {"conditions": {}, "full": {"batches": {"8": {"roofline_share": 0.5}, "32": {"error": "out of memory"}}}},
-        "captioning": {"peer": "peer 8", "contenders": {"peer 8": taking(9.0), "engine": taking(3.0)}},
+        "tower": {"images": 8, "tiles": {"4": {"all": {"roofline_share": 0.7}}}},
+        "prefill": {"policies": {"full": {"batches": {"16": {"roofline_share": 0.4}}}}},
+        "decode": {"policies": {"full": {"batches": batches}, "half": {"batches": {}}}},
+        "captioning": {"contenders": {"peer": taking(9.0), "engine": taking(3.0)}},
     }
     assert ratios(sections) == {
         "captioning_engine_over_peer": 3.0,
+        "prefill_roofline_share": {"full": {"16": 0.4}},
         "decode_roofline_share": {"full": {"8": 0.5}},
         "tower_roofline_share": {"4": {"all": 0.7}},
     }
@@ -228,97 +305,16 @@ def test_ratios_are_of_what_is_there() -> None:
     assert ratios({"captioning": {}, "tower": {"error": "no"}}) == {}
 
 
-# ---- the program ------------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_gpu_there_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--output", str(tmp_path / "results")]) == 0
-    assert capsys.readouterr() == ("no CUDA device: the GPU benchmark was skipped\n", "")
-    assert not (tmp_path / "results").exists()
-
-
-def test_a_cpu_takes_the_tiny_model_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        gpu.main(["--device", "cpu", "--output", str(tmp_path)])
-    assert refused.value.code == 2
-    assert "--size tiny" in capsys.readouterr().err
-
-
-def test_help_needs_nothing_heavy() -> None:
-    heavy = "import benchmarks.gpu, sys; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
-def test_neither_ray_nor_arrow_is_needed() -> None:
-    """A lent machine need not have them."""
-    needed = "import benchmarks.gpu.captioning, benchmarks.gpu.results, sys; print({'ray', 'pyarrow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", needed], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Callable[[], tuple[int, dict[str, Any]]]:
-    def run() -> tuple[int, dict[str, Any]]:
-        code = gpu.main(["--device", "cpu", "--size", "tiny", "--output", str(tmp_path)])
-        return code, json.loads((tmp_path / "gpu.json").read_text())
-
-    return run
-
-
-def test_a_tiny_run_measures_everything(
-    tiny: Callable[[], tuple[int, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, measured = tiny()
-    assert code == 0
-    found = measured["ratios"]
-    assert found["captioning_engine_over_peer"] > 0
-    assert list(found["decode_roofline_share"]) == ["full", "half"]
-    assert list(found["decode_roofline_share"]["full"])[:3] == ["1", "2", "4"]
-    decode = measured["decode"]
-    for name in ("full", "half"):
-        assert list(decode[name]["batches"])[-1] == str(decode[name]["largest"])
-    assert decode["half"]["largest"] > decode["full"]["largest"] > 4
-    assert {tiles: set(modes) for tiles, modes in found["tower_roofline_share"].items()} == {
-        "1": {"all", "real"},
-        "2": {"all", "real"},
-        "4": {"all"},
-    }
-    assert measured["conditions"]["dtype"] == "bfloat16"
-    page = (tmp_path / "gpu.md").read_text()
-    assert page in capsys.readouterr().out
-    for said in (
-        "captioning, engine with all features / peer | ≥ 3 |",
-        "| half | 4 |",
-        "The largest that fits, half",
-        "| 2 | real |",
-    ):
-        assert said in page
-
-
-def test_a_failed_section_costs_no_other(
-    tiny: Callable[[], tuple[int, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(bench: Bench, out: dict[str, Any]) -> None:
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr("benchmarks.gpu.decode.measure_decode", fail)
-    monkeypatch.setattr("benchmarks.gpu.captioning.measure_captioning", fail)
-    code, measured = tiny()
-    assert code == 1
-    assert measured["decode"] == {"error": "RuntimeError: out of order"}
-    assert list(measured["ratios"]) == ["tower_roofline_share"]
-    page = (tmp_path / "gpu.md").read_text()
-    assert "**captioning broke off**: RuntimeError: out of order" in page
-    assert "| 2 | real |" in page
-
-
 def test_the_page_stands_whatever_a_section_reached(bench: Bench) -> None:
-    at = conditions_of(bench)
-    assert GpuAmounts().minutes < 9
-    for sections in ({}, {"tower": {}}, {"tower": {"images": 8}, "decode": {"error": "no"}, "captioning": {"error": "no"}}):
-        assert markdown(result(sections, at)).startswith("- **Machine**")
-    assert isinstance(gpu_decode._encode(bench)[0], Encoded)
+    end = {
+        "status": "failed",
+        "took": 1.0,
+        "error": "RuntimeError: a | b\nc",
+        "traceback": "…",
+        "conditions": conditions_of(bench),
+    }
+    cases = [{}, {"images": 8}, {"tiles": {"1": {}}}, {"contenders": {"engine": {"error": "no"}}}, {"policies": {"full": {}}}]
+    for case in cases:
+        page = markdown(page_of(bench, {name: {**end, **case} for name in SECTIONS}))
+        assert page.startswith("# The GPU kit")
+        assert "RuntimeError: a \\| b c" in page

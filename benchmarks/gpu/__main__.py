@@ -1,33 +1,40 @@
-"""Measure the engine on a GPU: ``python -m benchmarks.gpu --output benchmarks/results``.
+"""Run sections of the GPU kit in this process: ``python -m benchmarks.gpu --output FOLDER --only tower,decode``.
 
-Llama-3.2-11B-Vision's geometry with random bf16 weights, made on the device: the tower, decode steps and captioning, beside
-the roofline and the recipe users have today. At most nine minutes on an H200. Writes ``gpu.json`` and ``gpu.md`` after every
-figure, so that what was measured stays when the program is cut off. Ends with a line and nothing else where there is no GPU.
+Llama-3.2-11B-Vision's geometry with random bf16 weights made on the device, and the demo model. Writes ``gpu.json`` and
+``gpu.md`` after every figure, so that what was measured stays when the program is cut off. ``benchmarks.gpu_kit`` runs this
+program, watches it and goes on when it hangs or dies. Ends with a line and nothing else where there is no GPU.
 
-Exit codes: 0 all measured, or no GPU; 1 a section failed, which the results then say.
+Exit codes: 0 all measured, or no GPU; 1 a section failed, which the results then say; 2 refused.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib
+import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from benchmarks.gpu.amounts import TINY_GPU, GpuAmounts
+from benchmarks.gpu.amounts import SECTIONS, TINY_GPU, GpuAmounts
+from benchmarks.gpu.options import parse
+from benchmarks.gpu.store import Result, Store
 
-SECTIONS = ("tower", "decode", "captioning")
+if TYPE_CHECKING:
+    from benchmarks.gpu.bench import Bench
+
 NO_GPU = "no CUDA device: the GPU benchmark was skipped"
+WITH_MODEL = {"tower", "prefill", "decode", "captioning", "questions"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
-    options = _options(arguments)
+    options = parse(__doc__ or "", arguments)
+    store = options.store
+    if options.device == "cpu":
+        # Decides at its import whether it interprets.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
     import torch
 
@@ -36,79 +43,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     from benchmarks.gpu.bench import Bench
-    from benchmarks.gpu.captioning import measure_captioning
-    from benchmarks.gpu.decode import measure_decode
-    from benchmarks.gpu.model import ELEVEN_B, build_on
-    from benchmarks.gpu.results import conditions_of
-    from benchmarks.gpu.tower import measure_tower
-    from benchmarks.model import TINY, build_processor
-    from benchmarks.gpu.roofline import measure_rates
+    from benchmarks.gpu.conditions import conditions_of, model_of
 
     def say(line: str) -> None:
         print(f"[{(time.monotonic() - began) / 60:5.2f} min] {line}", file=sys.stderr, flush=True)
 
-    amounts = TINY_GPU if options.size == "tiny" else GpuAmounts()
-    if options.minutes is not None:
-        amounts = replace(amounts, minutes=options.minutes)
     # With its index, as a model's own device has it.
     device = torch.zeros(1, device=options.device).device
-    rates = measure_rates(device, amounts.matmul, amounts.copy_bytes, amounts.repeats)
-    say(f"measured {rates.matmul / 1e12:.4g} TFLOP/s and {rates.copy / 1e9:.4g} GB/s")
-    size = TINY if amounts.tiny else ELEVEN_B
-    processor = build_processor(size)
-    sections: dict[str, Any] = {}
-    bench = Bench(
-        device=device,
-        amounts=amounts,
-        size=size,
-        model=build_on(device, size, processor, amounts.seed),
-        processor=processor,
-        rates=rates,
-        save=lambda: write(options.output, sections, conditions),
-        say=say,
-        began=began,
-    )
-    conditions = conditions_of(bench)
-    bench.save()
-    say(f"the model is there: {conditions['model']['parameters'] / 1e9:.4g} G parameters")
-
+    amounts = TINY_GPU if options.size == "tiny" else GpuAmounts()
+    bench = Bench(device=device, amounts=amounts, save=store.save, say=say)
+    here = conditions_of(bench)
+    # A run that continues may do so elsewhere, or on mended code: what is of the model and the rates is made anew all the same.
+    store.conditions, store.rehearsal = here, amounts.tiny
+    store.save()
+    end = began + options.minutes * 60
     failed = False
-    for name, measure in zip(SECTIONS, (measure_tower, measure_decode, measure_captioning), strict=True):
-        sections[name] = {}
-        try:
-            measure(bench, sections[name])
-        except Exception as error:  # noqa: BLE001 - a machine is lent seldom: one section's failure must not cost the others
-            traceback.print_exc()
-            sections[name]["error"] = f"{type(error).__name__}: {error}"
-            failed = True
-        bench.release()
-        bench.save()
-        say(f"{name}: done")
+    for name in options.sections:
+        if time.monotonic() >= end:
+            say(f"no time for {name}")
+            continue
+        if name in WITH_MODEL and "model" not in store.conditions:
+            store.conditions["model"] = model_of(bench)
+            store.conditions["rates"] = rates_of(bench)
+            say(f"the model is there: {store.conditions['model']['parameters'] / 1e9:.4g} G parameters")
+        bench.deadline = min(time.monotonic() + SECTIONS[name], end)
+        failed |= not run(name, bench, store, here)
     print((options.output / "gpu.md").read_text())
     return int(failed)
 
 
-def write(folder: Path, sections: dict[str, Any], conditions: dict[str, Any]) -> None:
-    """Both files."""
-    from benchmarks.gpu.page import markdown
-    from benchmarks.gpu.results import result
+def run(name: str, bench: Bench, store: Store, here: Result) -> bool:
+    """Whether the section went well. What it found stays whatever happens."""
+    began = time.monotonic()
+    store.sections[name] = out = {"status": "running", "began": time.time(), "conditions": here}
+    store.save()
+    try:
+        module = importlib.import_module(f"benchmarks.gpu.{name}")
+        getattr(module, f"measure_{name}")(bench, out)
+        out["status"] = "done"
+    except Exception as error:  # noqa: BLE001 - a machine is lent seldom: one section's failure must not cost the others
+        traceback.print_exc()
+        out |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        # Its frames hold the section's tensors.
+        traceback.clear_frames(error.__traceback__)
+    out["took"] = time.monotonic() - began
+    store.save()
+    # Where the device is broken this ends the program; the kit starts another.
+    bench.release()
+    bench.say(f"{name}: {out['status']} after {out['took']:.1f} s")
+    return bool(out["status"] == "done")
 
-    whole = result(sections, conditions)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (folder / "gpu.md").write_text(markdown(whole))
 
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of gpu.json and gpu.md")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--size", choices=("11b", "tiny"), default="11b", help="tiny: does it run? default: 11b")
-    parser.add_argument("--minutes", type=float, help=f"no pass begins that would end later; default: {GpuAmounts().minutes:g}")
-    options = parser.parse_args(arguments)
-    if options.device == "cpu" and options.size != "tiny":
-        parser.error("--device cpu takes --size tiny: 11b has 22 GB of weights")
-    return options
+def rates_of(bench: Bench) -> Result:
+    return {
+        "matmul_operations_per_second": bench.rates.matmul,
+        "copy_bytes_per_second": bench.rates.copy,
+        "matmul_side": bench.amounts.matmul,
+        "copied_bytes": bench.amounts.copy_bytes,
+    }
 
 
 if __name__ == "__main__":

@@ -1,128 +1,153 @@
-"""Captioning end to end on the device: the engine beside the peer, at the peer's best static batch.
+"""Captioning end to end on the device: the engine beside the peer, at the peer's best static batch, in turns.
 
-Decoding and cutting images is the host's work, which threads do beside the device in a pipeline. Here one thread does it on
-both sides before the clock starts, and is measured by itself: seconds are from the host's tiles or pixels to texts.
+Decoding and cutting images is the host's work, which threads do beside the device in a pipeline. Here it is done before the
+clock starts on both sides: seconds are from the host's tiles or pixels to texts. Each round has images of its own, as a job
+has: whatever a library or a cache prepares for one image's shapes helps the next round as little as it would help a job.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
 
 from benchmarks import workloads
+from benchmarks.gpu.attention import AttentionShapes
 from benchmarks.gpu.bench import Bench, Result
+from benchmarks.gpu.passes import Passes, engine_pass, make_engine, prepare
 from benchmarks.half import find_half
-from benchmarks.ours import IMAGE_CACHE_BYTES, Ours, measured
+from benchmarks.ours import Ours
 from benchmarks.peer import Peer
-from benchmarks.timing import Pass, spread
+from benchmarks.timing import Pass
 from benchmarks.workloads import CAPTION_LENGTHS, CAPTION_PROMPT, Workload
 from trimming import KeepAll, Policy
-from trimming.engine import Engine, Request
+from trimming.engine import Engine
 from trimming.engine.scheduler import out_of_memory
-from trimming.engine.vision import TowerTiles
+from trimming.engine.vision import Tower, TowerTiles
 
-FULL, TRIMMED, REAL = "engine", "engine, trimmed", "engine, real tiles"
-HALF_ROWS = 32
-FIRST_SECONDS = 30.0
-"""That a pass of unknown length is taken to need."""
+FULL, TRIMMED, REAL, PEER = "engine", "engine, trimmed", "engine, real tiles", "peer"
+HALF_ROWS = 16
+SWEEP_SECONDS = 15.0
+"""That a trial of one batch size is taken to need."""
+ROUND_SECONDS = 50.0
+"""That the first round is taken to need, engines and graphs included."""
 Inputs = list[Mapping[str, Tensor]]
 """The peer's, of each static batch."""
 
 
 def measure_captioning(bench: Bench, out: Result) -> None:
-    """Fills ``out``: the sweep of the peer's batch sizes, then every contender."""
+    """Fills ``out``: the ``sweep`` of the peer's batch sizes, ``contenders``, ``attention`` calls, and the ``same`` tokens."""
     Captioning(bench, out).measure()
 
 
 class Captioning:
-    """One workload and both sides."""
+    """One kind of workload and both sides."""
 
     def __init__(self, bench: Bench, out: Result) -> None:
         self.bench, self.out, amounts = bench, out, bench.amounts
-        self.load = workloads.captioning(amounts.captions, amounts.seed, bench.size)
-        # Room for rows of four tiles each, of which there are few: it never holds a row back.
+        # Room for rows of the mean image and a half: it holds hardly a row back.
         longest = CAPTION_PROMPT + max(CAPTION_LENGTHS) + 32
-        self.kv_bytes = amounts.captions * bench.costs.kv_bytes(longest, 4 * bench.costs.tokens)
+        self.kv_bytes = amounts.captions * bench.costs.kv_bytes(longest, 3 * bench.costs.tokens)
         self.peer = Peer(bench.model, bench.processor)
         self.ours = Ours(bench.model, bench.processor, amounts.captions, self.kv_bytes)
+        self.passes = Passes(bench, out)
         self.tokens: dict[str, list[list[int]]] = {}
-        """Of contenders that took the whole workload."""
+        """Of the last round."""
+
+    def load(self, number: int) -> Workload:
+        """Round ``number``'s images and prompts."""
+        return workloads.captioning(self.bench.amounts.captions, self.bench.amounts.seed + 1 + number, self.bench.size)
 
     def measure(self) -> None:
-        load, out = self.load, self.out
+        bench, out, first = self.bench, self.out, self.load(0)
         out |= {
-            "images": len(load.images),
-            "tiles": {str(tiles): load.tiles.count(tiles) for tiles in sorted(set(load.tiles))},
-            "output_tokens": load.tokens,
+            "images": len(first.images),
+            "tiles": {str(tiles): first.tiles.count(tiles) for tiles in sorted(set(first.tiles))},
+            "output_tokens": first.tokens,
             "prompt": CAPTION_PROMPT,
             "sweep": {},
             "contenders": {},
         }
-        self._sweep()
-        began = time.perf_counter()
-        requests = self.ours.requests(load, range(len(load.rows)), None)
-        out["engine_preparing_seconds"] = time.perf_counter() - began
-        self._engine(FULL, KeepAll(), "all", requests)
-        self._peer()
-        if self.bench.has(2 * FIRST_SECONDS):
-            self.bench.release()
-            half = find_half(self.ours, load.first(HALF_ROWS))
-            out["k_ratio"] = half.k_ratio
-            self._engine(TRIMMED, half.policy, "all", requests)
-        self._engine(REAL, KeepAll(), "real", requests)
-        self._compare()
-        self.bench.save()
+        batch = self._sweep(first)
+        if not bench.has(ROUND_SECONDS / 2):
+            bench.say("captioning: no time for a round")
+            return
+        bench.release()
+        half = find_half(self.ours, first.first(HALF_ROWS))
+        out |= {"k_ratio": half.k_ratio, "peer_batch": batch}
+        longest = ROUND_SECONDS
+        for number in range(bench.amounts.rounds):
+            if number and not bench.has(longest):
+                bench.say(f"captioning: no time for round {number + 1}")
+                break
+            began = time.monotonic()
+            load = self.load(1 + number)
+            ways = [partial(self._engines, load, half.policy), partial(self._peer, load, batch)]
+            # Every other round goes backwards: a drift of the machine's speed hits both sides alike.
+            for way in ways[:: -1 if number % 2 else 1]:
+                way(first=not number)
+            self._compare()
+            longest = time.monotonic() - began
+            bench.save()
 
     # ---- the peer -----------------------------------------------------------------------------------------------------------
 
-    def _sweep(self) -> None:
-        """Seconds a row at each batch size that fits, over a part of the rows."""
-        bench, load = self.bench, self.load
+    def _sweep(self, load: Workload) -> int | None:
+        """The batch size of the least seconds a row, over a part of the rows; None where none fits."""
+        bench = self.bench
         warm = load.first(2).cut(4)
         self._peer_pass(warm, self._inputs(warm, 2))
-        a_row = FIRST_SECONDS / bench.amounts.swept_rows
+        best: dict[int, float] = {}
         for size in bench.amounts.peer_batches:
             rows = min(len(load.rows), -(-bench.amounts.swept_rows // size) * size)
-            if not bench.has(a_row * rows):
+            if not bench.has(SWEEP_SECONDS):
                 bench.say(f"captioning: peer, batches of {size}: no time")
                 break
             bench.release()
             part = load.first(rows)
-            done = self._attempt(partial(self._peer_pass, part, self._inputs(part, size)))
+            done = self._attempt(part, self._inputs(part, size))
             swept: Result = {"error": "out of memory"}
             if done is not None:
-                a_row = done.seconds / rows
+                best[size] = done.seconds / rows
                 swept = {"rows": rows, "seconds": done.seconds, "peak_bytes": bench.peak_bytes()}
             self.out["sweep"][str(size)] = swept
-            bench.say(f"captioning: peer, batches of {size}: {f'{a_row:.3f} s a row' if done else 'out of memory'}")
+            bench.say(f"captioning: peer, batches of {size}: {f'{best[size]:.3f} s a row' if done else 'out of memory'}")
             bench.save()
+        return min(best, key=lambda size: best[size]) if best else None
 
-    def _peer(self) -> None:
-        """The best batch size over all rows."""
-        swept = {size: one for size, one in self.out["sweep"].items() if "seconds" in one}
-        if not swept:
-            self.bench.say("captioning: no batch size of the peer's was measured")
+    def _peer(self, load: Workload, size: int | None, first: bool) -> None:
+        """A pass at the best batch size."""
+        if size is None:
             return
-        best = int(min(swept, key=lambda size: swept[size]["seconds"] / swept[size]["rows"]))
-        one = swept[str(best)]
-        expected = one["seconds"] / one["rows"] * len(self.load.rows)
-        self.out["peer"] = name = f"peer {best}"
-        self.bench.release()
         began = time.perf_counter()
-        inputs = self._inputs(self.load, best)
-        self.out["peer_preparing_seconds"] = time.perf_counter() - began
-        self._rounds(name, lambda _: self._peer_pass(self.load, inputs), expected)
+        inputs = self._inputs(load, size)
+        if first:
+            self.out["peer_preparing_seconds"] = time.perf_counter() - began
+        self.bench.release()
+        done = self._attempt(load, inputs)
+        if done is None:
+            self.out["contenders"][PEER] = {"error": "out of memory"}
+            return
+        self.tokens[PEER] = done.tokens
+        self.passes.add(PEER, done, len(load.images))
 
     def _inputs(self, load: Workload, size: int) -> Inputs:
         batches = [load.rows[start : start + size] for start in range(0, len(load.rows), size)]
         files = [[load.images[row.image] for row in batch] for batch in batches]
         # Not by several threads: the tokenizer is changed by one while another uses it.
         return [self.peer.inputs(f, [row.prompt for row in batch]) for f, batch in zip(files, batches, strict=True)]
+
+    def _attempt(self, load: Workload, inputs: Inputs) -> Pass | None:
+        """None where memory ran out."""
+        try:
+            return self._peer_pass(load, inputs)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        self.bench.release()
+        return None
 
     def _peer_pass(self, load: Workload, batches: Inputs) -> Pass:
         tokens: list[list[int]] = []
@@ -138,80 +163,45 @@ class Captioning:
 
     # ---- the engine ---------------------------------------------------------------------------------------------------------
 
-    def _engine(self, name: str, policy: Policy, tower_tiles: TowerTiles, requests: Sequence[Request]) -> None:
+    def _engines(self, load: Workload, half: Policy, first: bool) -> None:
+        """A pass of each of the engine's ways. The engine goes afterwards: the peer gets all of the memory."""
         bench = self.bench
-        if not bench.has(FIRST_SECONDS):
-            bench.say(f"captioning: {name}: no time")
-            return
-        bench.release()
-        engine = self.ours.engine(policy, IMAGE_CACHE_BYTES, tower_tiles)
-        # A graph is captured when a batch size first comes, once in an engine's life.
-        warm = self._attempt(partial(self._engine_pass, engine, requests, "warm"))
-        if warm is None:
-            self.out["contenders"][name] = {"error": "out of memory"}
-            return
-        self._rounds(name, lambda number: self._engine_pass(engine, requests, str(number)), warm.seconds)
-
-    def _engine_pass(self, engine: Engine, requests: Sequence[Request], number: str) -> Pass:
-        # Other keys than before: no image has been encoded yet.
-        fresh = [
-            replace(request, images=[replace(image, key=f"{number}/{image.key}") for image in request.images])
-            for request in requests
-        ]
-        engine.reset_statistics()
         began = time.perf_counter()
-        answered = engine.generate(fresh)
-        tokens = [one.tokens for one in answered]
-        self.bench.processor.batch_decode(tokens, skip_special_tokens=True)
-        seconds, tower = time.perf_counter() - began, engine.seconds["tower"]
-        more = measured(engine, answered)
-        return Pass(seconds=seconds, preparing=0.0, tower=tower, generation=seconds - tower, tokens=tokens, measured=more)
-
-    # ---- all of them --------------------------------------------------------------------------------------------------------
-
-    def _attempt(self, run: Callable[[], Pass]) -> Pass | None:
-        """None where memory ran out."""
-        try:
-            return run()
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        self.bench.release()
-        return None
-
-    def _rounds(self, name: str, run: Callable[[int], Pass], expected: float) -> None:
-        """Timed passes, as many as there is time for."""
-        bench, passes = self.bench, []
-        for number in range(bench.amounts.rounds):
-            if not bench.has(expected):
-                bench.say(f"captioning: {name}: no time for pass {number + 1}")
-                break
-            done = self._attempt(partial(run, number))
-            if done is None:
-                self.out["contenders"][name] = {"error": "out of memory"}
-                break
-            passes.append(done)
-            bench.say(f"captioning: {name}: {done.seconds:.2f} s")
+        requests = prepare(self.ours, load)
+        if first:
+            self.out["engine_preparing_seconds"] = time.perf_counter() - began
+        bench.release()
+        engine = make_engine(bench, self.ours, KeepAll())
+        if first:
+            self._count_shapes(engine, half)
+        ways: list[tuple[str, Policy, TowerTiles]] = [
+            (FULL, KeepAll(), "all"),
+            (TRIMMED, half, "all"),
+            (REAL, KeepAll(), "real"),
+        ]
+        for name, policy, tiles in ways:
+            engine.use(policy)
+            engine.tower = Tower(bench.model, self.ours.normalise, tiles)
+            done = engine_pass(bench, engine, requests)
             self.tokens[name] = done.tokens
-            self.out["contenders"][name] = self._contender(passes)
-            bench.save()
+            self.passes.add(name, done, len(load.images))
 
-    def _contender(self, passes: Sequence[Pass]) -> Result:
-        seconds = [one.seconds for one in passes]
-        return {
-            "passes": len(passes),
-            "seconds": spread(seconds),
-            "images_per_second": len(self.load.images) / statistics.median(seconds),
-            "tower_seconds": statistics.median(one.tower for one in passes),
-            "generation_seconds": statistics.median(one.generation for one in passes),
-            **{name: statistics.median(one.measured[name] for one in passes) for name in passes[0].measured},
-            "peak_bytes": self.bench.peak_bytes(),
-        }
+    def _count_shapes(self, engine: Engine, half: Policy) -> None:
+        """Attention calls of a pass of other images, and how many shapes they have. Warms libraries up as well."""
+        requests = prepare(self.ours, self.load(0).first(HALF_ROWS))
+        self.out["attention"] = counted = {"rows": len(requests)}
+        for name, policy in (("full", KeepAll()), ("trimmed", half)):
+            engine.use(policy)
+            with AttentionShapes() as shapes:
+                engine_pass(self.bench, engine, requests)
+            counted |= {f"{name}_calls": shapes.calls, f"{name}_shapes": len(shapes.shapes)}
+
+    # ---- both ---------------------------------------------------------------------------------------------------------------
 
     def _compare(self) -> None:
         """The engine's tokens with all features beside the peer's: in bf16 two logits are often equal, and after the first
         other choice the rest differs too."""
-        peer, ours = self.tokens.get(self.out.get("peer", "")), self.tokens.get(FULL)
+        peer, ours = self.tokens.get(PEER), self.tokens.get(FULL)
         if not peer or not ours:
             return
         pairs = list(zip(peer, ours, strict=True))

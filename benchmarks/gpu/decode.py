@@ -1,24 +1,24 @@
-"""One decode step by batch size, all features and half of them, beside the roofline."""
+"""One decode step by batch size, with all features, half and a quarter of them, beside the roofline."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 import torch
 
 from benchmarks.gpu.bench import Bench, Result
-from benchmarks.gpu.tower import random_images
+from benchmarks.gpu.profile import longest_kernels
+from benchmarks.gpu.roofline import each_seconds, measured, queued_seconds
+from benchmarks.gpu.tower import PROFILE_SECONDS, random_images
 from benchmarks.half import HALF
 from benchmarks.ours import Ours
-from benchmarks.gpu.roofline import each_seconds, queued_seconds
-from benchmarks.timing import spread
 from pipeline.images import Normaliser
 from trimming import Grid, KeepAll, Policy
 from trimming.costs import Look
 from trimming.engine import Image, Request
+from trimming.engine.layers import computing_on
 from trimming.engine.memory import GRAIN, Memory, spare_bytes
-from trimming.engine.scheduler import SLOT_GRAIN, out_of_memory
+from trimming.engine.scheduler import SLOT_GRAIN, activation_bytes, out_of_memory
 from trimming.engine.sequence import Encoded, ceil_to
 from trimming.engine.vision import Tower
 
@@ -26,36 +26,42 @@ TILES = 4
 ENCODED = 4
 """Images that go through the tower; sequences take theirs from them in turn."""
 WARM_STEPS = 3
-BATCH_SECONDS = 45.0
+BATCH_SECONDS = 6.0
 """That a batch size is taken to need, most of it for prefills and for capturing a graph."""
-POLICIES: dict[str, Policy] = {"full": KeepAll(), "half": Grid(keep=HALF)}
-"""A step does not see which features stay, only how many: an even grid keeps exactly half."""
+POLICIES: dict[str, Policy] = {"full": KeepAll(), "half": Grid(keep=HALF), "quarter": Grid(keep=0.25)}
+"""A step does not see which features stay, only how many: an even grid keeps exactly such a share."""
 
 
+@torch.inference_mode()
 def measure_decode(bench: Bench, out: Result) -> None:
-    """Fills ``out`` by policy, then by batch size. A batch that there is no time for is left out."""
-    encoded = _encode(bench)
-    out["conditions"] = {"prompt": bench.amounts.prompt, "said": bench.amounts.said, "tiles": TILES}
-    for name, policy in POLICIES.items():
-        bench.release()
-        crowd = Crowd(bench, policy, encoded)
-        batches: Result = {}
-        part: Result = {"kv_room_bytes": crowd.kv_bytes, "largest": crowd.largest, "kept": crowd.kept, "batches": batches}
-        part["slot_tokens"] = crowd.capacity
-        out[name] = part
-        for batch in sorted({*(b for b in bench.amounts.batches if b <= crowd.largest), crowd.largest}):
-            if not bench.has(BATCH_SECONDS):
-                bench.say(f"decode: {name}, batch {batch}: no time")
-                break
-            failed = _measure(bench, crowd, batch, batches)
-            bench.save()
-            if failed:
-                bench.say(f"decode: {name}, batch {batch}: out of memory")
-                break
-            bench.say(f"decode: {name}, batch {batch}: {batches[str(batch)]['seconds']['median'] * 1e3:.2f} ms")
-        part["peak_bytes"] = bench.peak_bytes()
-        # Its memory is the next one's.
-        del crowd
+    """Fills ``out["policies"]`` by policy, then by batch size, and ``out["profile"]`` of the largest step with all features. A
+    batch that there is no time for is left out."""
+    with computing_on(bench.device):
+        encoded = _encode(bench)
+        out |= {"prompt": bench.amounts.prompt, "said": bench.amounts.said, "tiles": TILES, "policies": {}}
+        for name, policy in POLICIES.items():
+            bench.release()
+            crowd = Crowd(bench, policy, encoded)
+            batches: Result = {}
+            part: Result = {"kv_room_bytes": crowd.kv_bytes, "largest": crowd.largest, "kept": crowd.kept, "batches": batches}
+            part["slot_tokens"] = crowd.capacity
+            out["policies"][name] = part
+            for batch in sorted({min(size, crowd.largest) for size in bench.amounts.batches}):
+                if not bench.has(BATCH_SECONDS):
+                    bench.say(f"decode: {name}, batch {batch}: no time")
+                    break
+                failed = _measure(bench, crowd, batch, batches)
+                bench.save()
+                if failed:
+                    bench.say(f"decode: {name}, batch {batch}: out of memory")
+                    break
+                bench.say(f"decode: {name}, batch {batch}: {batches[str(batch)]['seconds'] * 1e3:.2f} ms")
+            part["peak_bytes"] = bench.peak_bytes()
+            if name == "full" and batches and bench.has(PROFILE_SECONDS):
+                crowd.rewind()
+                out["profile"] = longest_kernels(bench.device, crowd.engine.decode.step)
+            # Its memory is the next one's.
+            del crowd
 
 
 def _measure(bench: Bench, crowd: Crowd, batch: int, out: Result) -> bool:
@@ -70,7 +76,6 @@ def _measure(bench: Bench, crowd: Crowd, batch: int, out: Result) -> bool:
     return False
 
 
-@torch.inference_mode()
 def _encode(bench: Bench) -> list[Encoded]:
     tower = Tower(bench.model, Normaliser(bench.processor, bench.device, bench.model.dtype))
     features = tower.encode(random_images(bench, TILES, ENCODED))
@@ -92,8 +97,9 @@ class Crowd:
         self.more = 2 + WARM_STEPS + amounts.steps
         self.capacity = ceil_to(self.context + self.more, SLOT_GRAIN)
         visual = TILES * bench.costs.tokens
-        self.kept: int = round(visual * HALF) if isinstance(policy, Grid) else visual
-        self.kv_bytes = amounts.kv_bytes or spare_bytes(bench.device)
+        self.kept: int = round(visual * policy.keep) if isinstance(policy, Grid) else visual
+        aside = activation_bytes(bench.model, policy, max(amounts.batches))
+        self.kv_bytes = amounts.kv_bytes or spare_bytes(bench.device, aside)
         # A memory without room knows the sizes.
         rule = Memory(bench.costs.geometry, 0, bench.model.dtype, bench.device)
         layers, width = bench.costs.geometry.cross_layers, bench.costs.geometry.head_dim
@@ -105,37 +111,36 @@ class Crowd:
         self.engine = Ours(bench.model, bench.processor, self.largest, self.kv_bytes).engine(policy, limit)
         self.submitted = 0
 
-    @torch.inference_mode()
     def measure(self, batch: int) -> Result:
-        """The step of ``batch`` sequences."""
+        """The step of ``batch`` sequences, and the first one, which compiles kernels and captures a graph."""
         bench, engine, steps = self.bench, self.engine, self.bench.amounts.steps
         self._fill(batch)
-        for _ in range(WARM_STEPS):
+        free = _free_bytes(bench.device)
+        (first,) = each_seconds(bench.device, engine.step, 1)
+        captured = _free_bytes(bench.device)
+        for _ in range(WARM_STEPS - 1):
             engine.step()
-        self._rewind()
+        self.rewind()
         # Has the rows' places uploaded before the clock starts, here and below.
         engine.step()
         seconds = each_seconds(bench.device, engine.step, steps)
-        self._rewind()
+        self.rewind()
         engine.decode.step()
         queued = queued_seconds(bench.device, engine.decode.step, steps)
-        self._rewind()
+        self.rewind()
         if len(engine.decode.running) != batch:
             # The engine itself sends sequences back when memory runs out.
             raise torch.OutOfMemoryError(f"{batch} sequences do not decode side by side")
         cost = bench.costs.decode([self.context + 1 + steps // 2] * batch, [Look(1, self.kept, self.kept)] * batch)
-        floor, median = bench.rates.floor([cost]), statistics.median(seconds)
-        return {
-            "seconds": spread(seconds),
+        found = measured([cost], seconds, bench.rates)
+        return found | {
+            "first_seconds": first,
+            "graph_bytes": free - captured,
             "queued_seconds": queued,
-            "tokens_per_second": batch / median,
-            "operations": cost.operations,
-            "bytes": cost.bytes,
+            "queued_roofline_share": found["roofline_seconds"] / queued,
+            "tokens_per_second": batch / found["seconds"],
             "kv_bytes": batch * bench.costs.kv_bytes(self.context, self.kept),
-            "roofline_seconds": floor,
             "bound": bench.rates.bound(cost),
-            "roofline_share": floor / median,
-            "queued_roofline_share": floor / queued,
         }
 
     def _fill(self, batch: int) -> None:
@@ -161,10 +166,15 @@ class Crowd:
         image = Image(key, torch.zeros(TILES, 0, dtype=torch.uint8), 1)
         return Request(id=key, tokens=tokens, images=[image], max_new_tokens=self.more)
 
-    def _rewind(self) -> None:
+    def rewind(self) -> None:
         """Back to where the prefills ended: what was written behind is written again."""
         decode = self.engine.decode
         decode.positions = [self.context] * len(decode.running)
         decode.changed = True
         for sequence in decode.running:
             del sequence.said[1:]
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the device, what torch's allocator holds without using it not counted as free; 0 on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -1,38 +1,82 @@
-"""From ``gpu.json`` to ``gpu.md``: tables with their conditions, of whatever has been measured."""
+"""From ``gpu.json`` to ``gpu.md``: tables with their conditions, of whatever has been measured. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from benchmarks.gpu.bench import Result
+from benchmarks.gpu.amounts import SECTIONS
 from benchmarks.gpu.results import GOAL_BATCH
 from benchmarks.page import row
 
+Result = dict[str, Any]
+
+REHEARSAL = (
+    "**This is a rehearsal on a tiny model: it shows that every section runs, and measures nothing.** No figure below says "
+    "anything of a GPU."
+)
+
 
 def markdown(result: Result) -> str:
-    """The page. Sections that were not reached are left out."""
-    parts = [_conditions(result["conditions"]), _goals(result)]
-    makers = {"captioning": _captioning, "decode": _decode, "tower": _tower}
-    parts += [make(result[name]) for name, make in makers.items() if result.get(name)]
-    failed = [f"- **{name} broke off**: {one['error']}" for name, one in result.items() if "error" in one]
-    return "\n\n".join("\n".join(part) for part in [*parts, failed] if part) + "\n"
+    """The page: how each section ended, the goals, then the sections' tables."""
+    sections = result["sections"]
+    parts = [["# The GPU kit"], [REHEARSAL] if result["rehearsal"] else [], _conditions(result["conditions"])]
+    parts += [_ends(sections, result["conditions"]), _goals(result)]
+    parts += [_table(name, part) for name, part in sections.items()]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+# ---- what ran ---------------------------------------------------------------------------------------------------------------
 
 
 def _conditions(conditions: Result) -> list[str]:
-    model, rates, memory = conditions["model"], conditions["rates"], conditions["memory_bytes"]
-    return [
-        f"- **Machine**: {conditions['hardware']}{f', {memory / 2**30:.0f} GiB' if memory else ''}, {conditions['cores']} CPU "
-        f"cores; torch {conditions['torch']}, CUDA {conditions['cuda']}, transformers {conditions['transformers']}, "
-        f"{conditions['dtype']}, greedy; commit {conditions['commit']}; seed {conditions['seed']}.",
-        f"- **Roofline**: {rates['matmul_operations_per_second'] / 1e12:.4g} TFLOP/s (product of two random bf16 matrices of "
-        f"{rates['matmul_side']} a side) and {rates['copy_bytes_per_second'] / 1e9:.4g} GB/s (device-to-device copy of "
-        f"{rates['copied_bytes'] / 2**30:.2g} GiB, bytes read and written), both measured in this run; operations and bytes by "
-        "`trimming.costs`. Share: the time that the roofline allows over the time taken.",
-        f"- **Model**: random weights, {model['parameters'] / 1e9:.3g} G parameters: hidden {model['hidden']}, "
-        f"{len(model['cross_attention_layers'])} of {model['layers']} layers cross-attending, vocabulary "
-        f"{model['vocabulary']:,}; tower of {model['tower_layers']} layers of {model['tower_hidden']}, tiles of "
-        f"{model['tile']} pixels, {model['visual_tokens_per_tile']} visual tokens a tile.",
+    if not conditions:
+        return []
+    lines = [f"- **Machine**: {_machine(conditions)}; greedy; seed {conditions['seed']}."]
+    if "model" in conditions:
+        model, rates = conditions["model"], conditions["rates"]
+        lines += [
+            f"- **Roofline**: {rates['matmul_operations_per_second'] / 1e12:.4g} TFLOP/s (product of two random bf16 matrices "
+            f"of {rates['matmul_side']} a side) and {rates['copy_bytes_per_second'] / 1e9:.4g} GB/s (device-to-device copy of "
+            f"{rates['copied_bytes'] / 2**30:.2g} GiB, bytes read and written), both measured in this run; operations and "
+            "bytes by `trimming.costs`. Share: the time that the roofline allows over the time taken.",
+            f"- **Model**: random {model['dtype']} weights, {model['parameters'] / 1e9:.3g} G parameters: hidden "
+            f"{model['hidden']}, {len(model['cross_attention_layers'])} of {model['layers']} layers cross-attending, "
+            f"vocabulary {model['vocabulary']:,}; tower of {model['tower_layers']} layers of {model['tower_hidden']}, tiles of "
+            f"{model['tile']} pixels, {model['visual_tokens_per_tile']} visual tokens a tile.",
+        ]
+    return lines
+
+
+def _machine(at: Result) -> str:
+    memory = at["memory_bytes"]
+    return (
+        f"{at['hardware']}{f', {memory / 2**30:.0f} GiB' if memory else ''}, {at['cores']} CPU cores; Python {at['python']}, "
+        f"torch {at['torch']}, CUDA {at['cuda']}, triton {at['triton']}, transformers {at['transformers']}; "
+        f"commit {at['commit']}"
+    )
+
+
+def _ends(sections: Result, conditions: Result) -> list[str]:
+    """How each section ended, and where, if that was elsewhere."""
+    lines = _head(["section", "ended", "seconds", ""])
+    for name in SECTIONS:
+        part = sections.get(name)
+        if part is None:
+            lines.append(row([name, "not reached", "", ""]))
+            continue
+        notes = [part["error"]] if "error" in part else []
+        if _machine(part["conditions"]) != _machine(conditions):
+            notes.append(f"on {_machine(part['conditions'])}")
+        took = f"{part['took']:.0f}" if "took" in part else ""
+        lines.append(row([name, part["status"], took, "; ".join(notes).replace("\n", " ").replace("|", "\\|")]))
+    traces = [
+        line
+        for name, part in sections.items()
+        if "traceback" in part
+        for line in ("", f"{name}:", "", "```", part["traceback"].rstrip()[-3000:], "```")
     ]
+    return lines + traces
 
 
 def _goals(result: Result) -> list[str]:
@@ -54,36 +98,182 @@ def _goals(result: Result) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def _table(name: str, part: Result) -> list[str]:
+    try:
+        return _TABLES[name](part)
+    except Exception as error:  # noqa: BLE001 - a section that broke off may lack anything, and its page must not cost the rest
+        return [f"The figures of {name} are in gpu.json: its table cannot be made of them ({error!r})."]
+
+
+# ---- the sections -----------------------------------------------------------------------------------------------------------
+
+
+def _correct(part: Result) -> list[str]:
+    lines = ["## Correct", "", *_head(["check", "passed", "seconds", "figures"])]
+    for name, check in part.get("checks", {}).items():
+        told = {k: v for k, v in check.items() if k not in ("passed", "seconds", "error", "traceback", "tail")}
+        figures = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in told.items())
+        passed = "skipped" if "skipped" in check else "yes" if check["passed"] else f"**no**: {check.get('error', '')}"
+        lines.append(row([name, passed.replace("|", "\\|"), f"{check['seconds']:.1f}", figures.replace("|", "\\|")]))
+    return lines
+
+
+def _answers(part: Result) -> list[str]:
+    heads = ["questions", "dtype", "policy", "rows", "right", "on a CPU", "difference, 95 %", "same text", "kept", "seconds"]
+    lines = ["## The demo's answers", "", *_head(heads)]
+    for name, dtypes in part.get("sets", {}).items():
+        for dtype, policies in dtypes.items():
+            for policy, one in policies.items():
+                points = [100 * one[key] for key in ("difference", "difference_low", "difference_high")]
+                spread = "{:+.2f} ({:+.2f} to {:+.2f})".format(*points)
+                cells = [f"{one['rows']:,}", _percent(one["accuracy"]), _percent(one["cpu_accuracy"]), spread]
+                cells += [_percent(one["same_text"]), _percent(one["keep_fraction"]), f"{one['seconds']:.1f}"]
+                lines.append(row([name, dtype, policy, *cells]))
+    if part.get("not_reached"):
+        lines += ["", f"No time for: {'; '.join(part['not_reached'])}."]
+    return lines
+
+
+def _roofline(part: Result) -> list[str]:
+    return []
+
+
+def _tower(part: Result) -> list[str]:
+    if "images" not in part:
+        return []
+    lines = [
+        "## Tower",
+        "",
+        f"Tower and projector on {part['images']} images at once, tiles on the device. *all*: exact; *real*: without padding "
+        "tiles, approximate.",
+        "",
+        *_head(["tiles", "runs on", "images/s", "ms", "TFLOP", "roofline ms", "share", "peak GB"]),
+    ]
+    for tiles, modes in part.get("tiles", {}).items():
+        for mode, one in modes.items():
+            times = [_ms(one["seconds"]), f"{one['operations'] / 1e12:.1f}", _ms(one["roofline_seconds"])]
+            cells = [tiles, mode, f"{one['images_per_second']:.1f}", *times, f"**{one['roofline_share']:.2f}**"]
+            lines.append(row([*cells, _gigabytes(one["peak_bytes"])]))
+    lines += _profile(part, "the tower on images of four tiles")
+    if "attention" in part:
+        heads = ["attention", "tower layer ms", "its first call", "prompt of a new length ms", "of a known one"]
+        lines += ["", *_head(heads)]
+        for name, one in part["attention"].items():
+            keys = ("tower", "tower_first", "prefill_new", "prefill_known")
+            cells = [one["error"], "", "", ""] if "error" in one else [_ms(one[key]) for key in keys]
+            lines.append(row([name, *cells]))
+    return lines
+
+
+def _prefill(part: Result) -> list[str]:
+    lines = [
+        "## Prefill",
+        "",
+        f"Prompts of {part.get('prompt')} tokens, each about an image of {part.get('tiles')} tiles whose keys and values are "
+        "projected; their features are there.",
+        "",
+        *_head(["features", "prompts", "ms", "roofline ms", "share", "peak GB"]),
+    ]
+    for policy, one in part.get("policies", {}).items():
+        for batch, each in one["batches"].items():
+            cells = [_ms(each["seconds"]), _ms(each["roofline_seconds"]), f"**{each['roofline_share']:.2f}**"]
+            lines.append(row([policy, batch, *cells, _gigabytes(each["peak_bytes"])]))
+    lines += _profile(part, "the largest prefill with all features")
+    if "farthest_points" in part:
+        one = part["farthest_points"]
+        lines += [
+            "",
+            f"Choosing {one['chosen']:,} of an image's {one['features']:,} features by distance (`farthest_points`) takes "
+            f"{_ms(one['seconds'])} ms and {one['launches']:,} launches.",
+        ]
+    return lines
+
+
+def _decode(part: Result) -> list[str]:
+    if "policies" not in part:
+        return []
+    lines = [
+        "## Decode",
+        "",
+        f"One step of as many sequences, each with a prompt of {part['prompt']} tokens, {part['said']} tokens said and an "
+        f"image of {part['tiles']} tiles of its own. *Step*: `Engine.step`, the host's part included; *queued*: steps that the "
+        "host does not wait for; *first*: with compiling and capturing.",
+        "",
+        *_head(
+            [
+                "features",
+                "batch",
+                "step ms",
+                "queued ms",
+                "roofline ms",
+                "bound by",
+                "share",
+                "queued",
+                "first s",
+                "tokens/s",
+                "KV GB",
+            ]
+        ),
+    ]
+    notes = []
+    for policy, one in part["policies"].items():
+        for batch, each in one["batches"].items():
+            if "error" in each:
+                lines.append(row([policy, batch, each["error"], *[""] * 8]))
+                continue
+            times = [_ms(each[key]) for key in ("seconds", "queued_seconds", "roofline_seconds")]
+            shares = [
+                f"**{each['roofline_share']:.2f}**",
+                f"{each['queued_roofline_share']:.2f}",
+                f"{each['first_seconds']:.2f}",
+            ]
+            cells = [policy, batch, *times, each["bound"], *shares, f"{each['tokens_per_second']:,.0f}"]
+            lines.append(row([*cells, f"{each['kv_bytes'] / 1e9:.2f}"]))
+        notes.append(
+            f"- The largest that fits, {policy}: {one['largest']} sequences in {one['kv_room_bytes'] / 1e9:.1f} GB for keys "
+            f"and values, with slots of {one['slot_tokens']} tokens and {one['kept']} visual tokens each."
+        )
+        graphs = [
+            f"{batch} rows {each['graph_bytes'] / 1e6:.0f} MB"
+            for batch, each in one["batches"].items()
+            if "graph_bytes" in each
+        ]
+        if graphs:
+            notes.append(f"- Device memory that the first step took, {policy}: {', '.join(graphs)}.")
+    return [*lines, "", *notes, *_profile(part, "the largest step with all features")]
+
+
 def _captioning(part: Result) -> list[str]:
     if "images" not in part:
         return []
     tiles = ", ".join(f"{images} of {count}" for count, images in part["tiles"].items())
     lines = [
-        f"Captioning: {part['images']} images (tiles: {tiles}), {part['output_tokens']:,} output tokens, prompts of "
-        f"{part['prompt']} tokens. Seconds from tiles on the host to texts, median of the passes.",
+        "## Captioning",
         "",
-        *_head(["", "images/s", "seconds", "tower", "prefill", "decode", "passes", "features kept", "peak GB"]),
+        f"{part['images']} images a pass, new ones in each round (tiles: {tiles}), {part['output_tokens']:,} output tokens, "
+        f"prompts of {part['prompt']} tokens. Seconds from tiles on the host to texts, median of the passes, taken in turns.",
+        "",
+        *_contenders(part),
     ]
-    for name, one in part["contenders"].items():
-        if "error" in one:
-            lines.append(row([name, one["error"], *[""] * 7]))
-            continue
-        stages = [one["tower_seconds"], one.get("prefill_seconds"), one.get("decode_seconds")]
-        cells = [name, f"{one['images_per_second']:.2f}", f"{one['seconds']['median']:.2f}", *map(_seconds, stages)]
-        kept = one.get("keep_fraction", 1.0)
-        lines.append(row([*cells, str(one["passes"]), f"{kept:.3f}", _gigabytes(one["peak_bytes"])]))
     swept = ", ".join(
         f"{size}: {one['rows'] / one['seconds']:.2f}" if "seconds" in one else f"{size}: {one['error']}"
         for size, one in part["sweep"].items()
     )
-    lines += ["", f"- The peer by static batch, images/s over a part of the rows: {swept or 'no time'}."]
+    chosen = f" The passes take {part['peer_batch']}." if part.get("peer_batch") else ""
+    lines += ["", f"- The peer by static batch, images/s over a part of the rows: {swept or 'no time'}.{chosen}"]
     sides = {side: part.get(f"{side}_preparing_seconds") for side in ("engine", "peer")}
     said = [f"{side} {seconds / part['images'] * 1e3:.0f} ms" for side, seconds in sides.items() if seconds]
     if said:
-        lines.append(f"- Decoding, cutting and tokenizing on one thread before the clock starts, an image: {', '.join(said)}.")
+        lines.append(f"- Decoding, cutting and tokenizing before the clock starts, an image: {', '.join(said)}.")
     if "k_ratio" in part:
         lines.append(
             f"- Trimmed: K = {part['k_ratio']:g}, at which half of these images' features stay. Real tiles: approximate."
+        )
+    if "attention" in part:
+        one = part["attention"]
+        lines.append(
+            f"- Calls to torch's attention in a pass of {one['rows']} rows: {one['full_calls']:,} of {one['full_shapes']} "
+            f"shapes with all features, {one['trimmed_calls']:,} of {one['trimmed_shapes']} trimmed."
         )
     if "same" in part:
         same = part["same"]
@@ -94,54 +284,84 @@ def _captioning(part: Result) -> list[str]:
     return lines
 
 
-def _decode(part: Result) -> list[str]:
-    if "conditions" not in part:
-        return []
-    at = part["conditions"]
-    lines = [
-        f"Decode: one step of as many sequences, each with a prompt of {at['prompt']} tokens, {at['said']} tokens said and an "
-        f"image of {at['tiles']} tiles of its own. *Step*: `Engine.step`, the host's part included; *queued*: steps that the "
-        "host does not wait for.",
+def _questions(part: Result) -> list[str]:
+    return [
+        "## Five questions an image",
         "",
-        *_head(
-            ["features", "batch", "step ms", "queued ms", "roofline ms", "bound by", "share", "queued", "tokens/s", "KV GB"]
-        ),
+        f"{part.get('images')} images a pass, {part.get('rows')} rows. *Held*: the most cross-attention KV bytes that lay in "
+        "memory at once, shared ones counted once; *rows'*: what the rows' statistics add up to, over the pass.",
+        "",
+        *_contenders(part),
     ]
-    notes = []
-    for policy in ("full", "half"):
-        if policy not in part:
+
+
+def _contenders(part: Result) -> list[str]:
+    heads = [
+        "",
+        "images/s",
+        "seconds",
+        "least – most",
+        "tower",
+        "prefill",
+        "decode",
+        "passes",
+        "kept",
+        "held GB",
+        "rows' GB",
+        "peak GB",
+    ]
+    lines = _head(heads)
+    for name, one in part.get("contenders", {}).items():
+        if "error" in one:
+            lines.append(row([name, one["error"], *[""] * (len(heads) - 2)]))
             continue
-        for batch, one in part[policy]["batches"].items():
-            if "error" in one:
-                lines.append(row([policy, batch, one["error"], *[""] * 7]))
-                continue
-            times = [one["seconds"]["median"], one["queued_seconds"], one["roofline_seconds"]]
-            shares = [f"**{one['roofline_share']:.2f}**", f"{one['queued_roofline_share']:.2f}"]
-            cells = [policy, batch, *(f"{seconds * 1e3:.2f}" for seconds in times), one["bound"], *shares]
-            lines.append(row([*cells, f"{one['tokens_per_second']:,.0f}", f"{one['kv_bytes'] / 1e9:.2f}"]))
-        if "largest" in part[policy]:
-            notes.append(
-                f"- The largest that fits, {policy}: {part[policy]['largest']} sequences in "
-                f"{part[policy]['kv_room_bytes'] / 1e9:.1f} GB for keys and values, with slots of "
-                f"{part[policy]['slot_tokens']} tokens and {part[policy]['kept']} visual tokens each."
-            )
-    return [*lines, "", *notes]
-
-
-def _tower(part: Result) -> list[str]:
-    if "images" not in part:
-        return []
-    lines = [
-        f"Tower and projector on {part['images']} images at once, tiles on the device. *all*: exact; *real*: without padding "
-        "tiles, approximate.",
-        "",
-        *_head(["tiles", "runs on", "images/s", "ms", "TFLOP", "roofline ms", "share"]),
-    ]
-    for tiles, modes in part.items():
-        for mode, one in modes.items() if isinstance(modes, dict) else ():
-            times = [f"{one['seconds'] * 1e3:.1f}", f"{one['operations'] / 1e12:.1f}", f"{one['roofline_seconds'] * 1e3:.1f}"]
-            lines.append(row([tiles, mode, f"{one['images_per_second']:.1f}", *times, f"**{one['roofline_share']:.2f}**"]))
+        seconds = one["seconds"]
+        stages = [one["tower_seconds"], one.get("prefill_seconds"), one.get("decode_seconds")]
+        cells = [
+            name,
+            f"{one['images_per_second']:.2f}",
+            f"{seconds['median']:.2f}",
+            f"{seconds['min']:.2f} – {seconds['max']:.2f}",
+        ]
+        kept, held, rows = (one.get(key) for key in ("keep_fraction", "peak_cross_kv_bytes", "cross_kv_bytes_of_rows"))
+        cells += [*map(_seconds, stages), str(one["passes"]), "" if kept is None else f"{kept:.3f}"]
+        lines.append(row([*cells, _gigabytes(held), _gigabytes(rows), _gigabytes(one["peak_bytes"])]))
     return lines
+
+
+_TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "correct": _correct,
+    "answers": _answers,
+    "roofline": _roofline,
+    "tower": _tower,
+    "prefill": _prefill,
+    "decode": _decode,
+    "captioning": _captioning,
+    "questions": _questions,
+}
+
+
+# ---- cells ------------------------------------------------------------------------------------------------------------------
+
+
+def _profile(part: Result, what: str) -> list[str]:
+    if "profile" not in part:
+        return []
+    one = part["profile"]
+    lines = ["", f"Where the time goes, {what}: {one['kernels']:,} launches, the device busy for {_ms(one['seconds'])} ms.", ""]
+    lines += _head(["kernel", "calls", "ms", "share"])
+    for each in one["longest"]:
+        name = each["name"].replace("|", "\\|")
+        lines.append(row([f"`{name}`", f"{each['calls']:,}", _ms(each["seconds"]), f"{each['share']:.1%}"]))
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
 
 
 def _seconds(value: float | None) -> str:
@@ -149,7 +369,13 @@ def _seconds(value: float | None) -> str:
 
 
 def _gigabytes(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e9:.1f}"
+    return "" if value is None else f"{value / 1e9:.3g}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_short, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _head(cells: Sequence[str]) -> list[str]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.timing import synchronise
 from trimming.costs import Cost
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.bench import Bench
 
 QUEUED = 10
 """Products or copies that are queued behind each other for one measure: then no launch is waited for."""
@@ -32,6 +36,26 @@ class Rates:
     def bound(self, call: Cost) -> str:
         """Which of the two rates holds ``call`` up."""
         return "matmul" if call.operations / self.matmul > call.bytes / self.copy else "copy"
+
+
+def measure_roofline(bench: Bench, out: dict[str, Any]) -> None:
+    """Fills ``out`` with both rates."""
+    rates = bench.rates
+    out |= {"matmul_operations_per_second": rates.matmul, "copy_bytes_per_second": rates.copy}
+    bench.say(f"roofline: {rates.matmul / 1e12:.4g} TFLOP/s and {rates.copy / 1e9:.4g} GB/s")
+
+
+def measured(calls: Sequence[Cost], seconds: Sequence[float], rates: Rates) -> dict[str, Any]:
+    """What one way of running ``calls``, one after the other, took, beside the roofline."""
+    median, floor = statistics.median(seconds), rates.floor(calls)
+    return {
+        "seconds": median,
+        "spread": [min(seconds), max(seconds)],
+        "operations": sum(call.operations for call in calls),
+        "bytes": sum(call.bytes for call in calls),
+        "roofline_seconds": floor,
+        "roofline_share": floor / median,
+    }
 
 
 def measure_rates(device: torch.device, side: int, copy_bytes: int, repeats: int) -> Rates:

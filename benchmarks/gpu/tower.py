@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import statistics
 from functools import partial
 
 import torch
 
-from benchmarks.gpu.bench import Bench, Result
-from benchmarks.gpu.roofline import each_seconds
+from benchmarks.gpu.attention import compare_backends
+from benchmarks.gpu.bench import Bench, Result, SectionError
+from benchmarks.gpu.profile import longest_kernels
+from benchmarks.gpu.roofline import each_seconds, measured
 from pipeline.images import Normaliser, Tiler
 from trimming.engine import Image
+from trimming.engine.layers import computing_on
 from trimming.engine.vision import Tower, TowerTiles
 
 TILE_COUNTS = (1, 2, 4)
 MODES: tuple[TowerTiles, ...] = ("all", "real")
+PROFILE_SECONDS = 8.0
+"""That a profile, or the comparison of backends, is taken to need."""
 
 
 def measure_tower(bench: Bench, out: Result) -> None:
-    """Fills ``out`` by tile count and by ``tower_tiles``. All tiles lie on the device already."""
+    """Fills ``out["tiles"]`` by tile count and by ``tower_tiles``, ``out["profile"]`` and ``out["attention"]``. All tiles lie
+    on the device already."""
     normalise = Normaliser(bench.processor, bench.device, bench.model.dtype)
     count = bench.amounts.tower_images
-    out["images"] = count
+    out |= {"images": count, "tiles": {}}
     for tiles in TILE_COUNTS:
         images = random_images(bench, tiles, count)
-        out[str(tiles)] = by_mode = {}
+        out["tiles"][str(tiles)] = by_mode = {}
         for mode in MODES:
             if mode == "real" and tiles == max(TILE_COUNTS):
                 # Nothing is left out there.
@@ -33,6 +38,13 @@ def measure_tower(bench: Bench, out: Result) -> None:
             by_mode[mode] = _measure(bench, Tower(bench.model, normalise, mode), images, mode)
             bench.say(f"tower: {tiles} tiles, {mode}: {by_mode[mode]['images_per_second']:.1f} images/s")
             bench.save()
+    if bench.has(PROFILE_SECONDS):
+        tower = Tower(bench.model, normalise)
+        with torch.inference_mode(), computing_on(bench.device):
+            out["profile"] = longest_kernels(bench.device, lambda: tower.encode(images))
+        bench.save()
+    if bench.has(PROFILE_SECONDS):
+        out["attention"] = compare_backends(bench)
 
 
 def random_images(bench: Bench, tiles: int, count: int) -> list[Image]:
@@ -45,24 +57,15 @@ def random_images(bench: Bench, tiles: int, count: int) -> list[Image]:
     return [Image(f"{tiles}/{i}", noise(size=(tiles, 3, side, side)), ratio) for i in range(count)]
 
 
-@torch.inference_mode()
 def _measure(bench: Bench, tower: Tower, images: list[Image], mode: TowerTiles) -> Result:
-    # Warms up as well: libraries pick their kernels at the first call.
-    for _ in range(2):
-        features = tower.encode(images)
-    if not features.isfinite().all():
-        raise RuntimeError("the tower's features are not finite: the weights are no measure of anything")
-    del features
-    taken = each_seconds(bench.device, lambda: tower.encode(images), bench.amounts.tower_runs)
+    with torch.inference_mode(), computing_on(bench.device):
+        # Warms up as well: libraries pick their kernels at the first call.
+        for _ in range(2):
+            features = tower.encode(images)
+        if not features.isfinite().all():
+            raise SectionError("the tower's features are not finite: the weights are no measure of anything")
+        del features
+        taken = each_seconds(bench.device, lambda: tower.encode(images), bench.amounts.tower_runs)
     tiles, count = len(images[0].pixels), len(images)
-    calls = [bench.costs.tower(tiles, count, mode), bench.costs.projector(tiles, count)]
-    seconds, floor = statistics.median(taken), bench.rates.floor(calls)
-    return {
-        "seconds": seconds,
-        "images_per_second": count / seconds,
-        "operations": sum(call.operations for call in calls),
-        "bytes": sum(call.bytes for call in calls),
-        "roofline_seconds": floor,
-        "roofline_share": floor / seconds,
-        "peak_bytes": bench.peak_bytes(),
-    }
+    found = measured([bench.costs.tower(tiles, count, mode), bench.costs.projector(tiles, count)], taken, bench.rates)
+    return found | {"images_per_second": count / found["seconds"], "peak_bytes": bench.peak_bytes()}

@@ -98,6 +98,13 @@ class GraphDecode(Decode):
         self.replays.get(bucket, lambda: self._forward(bucket))()
         return self.logits[:count]
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compiles the kernels and captures every batch size, the largest first: smaller ones then find memory to share."""
+        for bucket in reversed(self.buckets):
+            if bucket not in self.replays and self.capture:
+                self._capture(bucket)
+
     def release(self) -> bool:
         """Hands the graphs' memory back; they are captured again when their batch size comes. Whether there were any."""
         if not self.replays and not self.uncaptured:

@@ -79,6 +79,9 @@ class Decode:
         self.changed = True
         return self.memory.resize(capacity)
 
+    def warm_up(self) -> None:
+        """Does what a first step would have to do besides, where there is any."""
+
     def release(self) -> bool:
         """Lets go of memory that can be made anew; whether there was any."""
         return False
