@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-picture train-demo bench bench-gpu pareto test browser soak lint clean
+.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-picture train-demo bench gpu-kit gpu-rehearsal answer-inputs pareto test browser soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
@@ -52,8 +52,15 @@ bench: .venv ## measure the engine beside transformers' generate on this machine
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results
 	$(BIN)/python -m benchmarks.estimate --results benchmarks/results
 
-bench-gpu: .venv ## the same at the 11B's size on one GPU, beside its roofline; says so where there is none
-	$(BIN)/python -m benchmarks.gpu --output benchmarks/results
+gpu-kit: .venv ## prove the CUDA path on one GPU in eight minutes: correctness, the demo's answers, the 11B's size beside its roofline and generate
+	$(BIN)/python -m benchmarks.gpu_kit --output benchmarks/results --minutes 8
+	$(BIN)/python -m benchmarks.estimate --results benchmarks/results
+
+gpu-rehearsal: .venv ## the same on a CPU with a tiny model: shows that every section runs, and measures nothing
+	$(BIN)/python -m benchmarks.gpu_kit --device cpu --size tiny --output build/gpu-rehearsal
+
+answer-inputs: .venv ## make the GPU kit's questions and the CPU's answers to them anew (a minute)
+	$(BIN)/python -m benchmarks.gpu.answer_inputs
 
 pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal KV bytes, and draw quality against bytes and time (half an hour; resumable)
 	$(BIN)/python -m benchmarks.pareto --output benchmarks/results

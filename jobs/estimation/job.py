@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jobs.estimation.schedule import Row, TowerTiles
+from trimming.engine.memory import LEAST_SPARE, slack
 
 DEFAULT_TILES: dict[int, float] = {1: 0.15, 2: 0.70, 4: 0.15}
 """Shares of images by real tiles: like COCO's photographs, mostly 640 × 480, which is two tiles (make bench's mix). Larger
 photographs have four: state --tiles 4 for those."""
 DEFAULT_PROMPT, DEFAULT_OUTPUT = 32, 64
 """Tokens: a sentence in the chat template; the jobs' own --max-new-tokens."""
-LEAST_KV = 1 << 28
-"""The engine takes no less memory for keys and values (trimming.engine.memory.spare_bytes)."""
 CPU_KV = 4 << 30
 """What the engine takes of a machine's memory at most, unless it is told."""
 
@@ -135,21 +134,22 @@ def cut(tiles: Mapping[int, float], most: int | None) -> dict[int, float]:
     return found
 
 
-def kv_room(memory: float, gpus: int, weights: float, image_cache: float) -> float:
+def kv_room(memory: float, gpus: int, weights: float, image_cache: float, activations: float) -> float:
     """Bytes for keys and values of an actor, as ``trimming.engine.memory.spare_bytes`` has it: what its GPUs have, less the
-    weights, the image cache, and room for activations of 4 GiB or a twentieth on each.
+    weights, the image cache, and on each ``slack`` and the activations.
 
     Args:
         memory: of one GPU. Layers are taken to be shared out evenly.
+        activations: of one GPU, ``Costs.activations``.
 
     Raises ``ValueError`` where not even the weights fit, with how many GPUs would do.
     """
 
     def room(count: int) -> float:
-        return count * (memory - max(4 * 2**30, memory / 20)) - weights - image_cache
+        return count * (memory - slack(memory) - activations) - weights - image_cache
 
-    if room(gpus) >= LEAST_KV:
+    if room(gpus) >= LEAST_SPARE:
         return room(gpus)
     said = f"the weights' {weights / 1e9:.0f} GB do not fit {gpus} × {memory / 1e9:.0f} GB with room for activations"
-    enough = next((count for count in range(gpus + 1, 65) if room(count) >= LEAST_KV), None)
+    enough = next((count for count in range(gpus + 1, 65) if room(count) >= LEAST_SPARE), None)
     raise ValueError(f"gpus_per_actor={gpus}: {said}" + (f"; use --gpus-per-actor {enough}" if enough else ""))

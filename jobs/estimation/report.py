@@ -15,7 +15,7 @@ from jobs.estimation.job import Job
 from jobs.estimation.machine import Machine
 from jobs.estimation.measured import Measured, read
 from jobs.estimation.predict import Prediction, predict
-from jobs.estimation.schedule import STAGES, Stage
+from jobs.estimation.schedule import PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, STAGES, TOWER_IMAGES, Stage
 from trimming.costs import Costs
 
 Report = dict[str, Any]
@@ -56,7 +56,7 @@ def build(given: Mapping[str, Any]) -> Report:
     if length > most:
         raise ValueError(f"prompt_tokens and max_new_tokens together are {length:g}, over the model's {most}")
     keep, k_ratio, why = _keep(given, run, models.size_of(config))
-    room = _room(given, run, place, costs)
+    room = _room(given, run, place, costs, asked)
     dear: dict[str, Any] = {
         "kv_bytes": room,
         "gpus": given["gpus"],
@@ -231,14 +231,17 @@ def _keep(given: Mapping[str, Any], run: Measured | None, size: str | None) -> t
     return kept, k_ratio, f"on a curve through the {size}'s published points, arXiv 2504.00557; your data decide"
 
 
-def _room(given: Mapping[str, Any], run: Measured | None, place: Place, costs: Costs) -> float:
+def _room(given: Mapping[str, Any], run: Measured | None, place: Place, costs: Costs, asked: Job) -> float:
     stated = None if given["kv_gib"] is None else given["kv_gib"] * 2**30
     if place.gpu is None:
         assert run is not None
         return stated or run.kv_bytes
     count = given["gpus_per_actor"]
     cache = given["image_cache_gib"] * 2**30
-    room = job.kv_room(place.gpu.memory, count, sum(costs.weights.values()), cache)
+    activations = costs.activations(
+        images=TOWER_IMAGES, visual=PREFILL_VISUAL_TOKENS, prompt=PREFILL_TOKENS, sequences=asked.batch_size
+    )
+    room = job.kv_room(place.gpu.memory, count, sum(costs.weights.values()), cache, activations)
     if stated is not None and stated > room:
         raise ValueError(
             f"kv_gib={given['kv_gib']:g} is over the {room / 2**30:.1f} GiB that {count} × {place.gpu.title} leave"
