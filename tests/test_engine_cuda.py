@@ -34,7 +34,11 @@ def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") ->
         requests.append(Request(id=str(i), tokens=tokens, images=pictures, max_new_tokens=2 + i))
     chosen = scheduler._decode_for
     if decode is not None:
-        made = (lambda *parts: GraphDecode(*parts[:4], capture=False)) if decode is GraphDecode else (lambda *p: Decode(*p[:3]))
+        made = (
+            (lambda *parts: GraphDecode(*parts, capture=False))
+            if decode is GraphDecode
+            else (lambda *parts: Decode(*parts[:3]))
+        )
         scheduler._decode_for = made
     try:
         engine = Engine(model, policy, normalise=lambda pixels: pixels.to(device), eos=(), kv_bytes=1 << 22, max_sequences=3)

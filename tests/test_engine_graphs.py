@@ -4,6 +4,7 @@ graph replays kernels over the same addresses. What a capture forbids, waiting f
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,6 +117,8 @@ class Recorded(GraphDecode):
 def make_recorded(policy: Policy, capture: bool = True, **options: Any) -> tuple[Engine, Recorded]:
     engine = make_engine(policy, **options)
     decode = Recorded(engine.model, engine.memory, engine.decode.rotary, engine.max_sequences.most, capture=capture)
+    if policy.slices:
+        decode.slice_keys(policy.key_width(engine.geometry.head_dim))
     engine.decode = decode
     return engine, decode
 
@@ -252,12 +255,46 @@ def test_a_policy_of_another_width_is_captured_anew() -> None:
     engine, decode = make_recorded(ThinK(0.5))
     prompts = make_prompts(BATCHES["mixed tiles"])
     complete(engine, [p.request(str(i), 4) for i, p in enumerate(prompts)])
-    width, policy = decode.key_width, ThinK(0.25)
+    assert decode.channels is not None
+    width, policy = decode.channels.shape[-1], ThinK(0.25)
     engine.use(policy)
     found = complete(engine, [p.request(str(i), 4) for i, p in enumerate(prompts)])
-    assert decode.key_width == width // 2
+    assert decode.channels.shape[-1] == width // 2
     wanted = complete(make_engine(policy), [p.request(str(i), 4) for i, p in enumerate(prompts)])
     assert [c.tokens for c in found] == [c.tokens for c in wanted]
+
+
+@pytest.mark.parametrize("policy", [KeepAll(), ThinK(0.5)], ids=repr)
+def test_serving_begins_with_every_batch_size_captured_once(policy: Policy) -> None:
+    """The largest first: smaller ones then find memory to share. None is captured again when its rows come."""
+    engine, decode = make_recorded(policy, max_sequences=5)
+    stop = threading.Event()
+    server = threading.Thread(target=engine.serve, args=(stop,))
+    server.start()
+    prompts = make_prompts(BATCHES["mixed tiles"])
+    found = [engine.submit(p.request(str(i), 4)).result(timeout=60).tokens for i, p in enumerate(prompts)]
+    stop.set()
+    engine.wake()
+    server.join(60)
+    assert list(decode.replays) == [5, 4, 2, 1]
+    assert len(decode.recorded) == 4
+    assert found == [c.tokens for c in complete(make_engine(policy), [p.request(str(i), 4) for i, p in enumerate(prompts)])]
+
+
+def test_serving_begins_without_graphs_where_there_is_no_memory_for_them(caplog: pytest.LogCaptureFixture) -> None:
+    engine, decode = make_recorded(KeepAll(), max_sequences=5)
+    forward = decode._forward
+
+    def fail(bucket: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decode._forward = fail  # type: ignore[method-assign]
+    engine.warm_up()
+    assert decode.replays == {}
+    assert "out of memory while decode steps were captured" in caplog.text
+    decode._forward = forward  # type: ignore[method-assign]
+    assert complete(engine, [p.request("0", 3) for p in make_prompts([Row((1,))])])
+    assert list(decode.replays) == [1]
 
 
 def test_the_engine_computes_without_cudnns_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,8 +362,12 @@ def test_a_graph_is_captured_on_the_models_device_and_disturbs_no_other_thread(m
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: calls.append(("current", stream)))
+    # torch before 2.12 goes on recording into the pool of a capture that CUDA has invalidated.
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: calls.append(("end", given)), raising=False)
     with pytest.raises(RuntimeError, match="previous error"):
         GraphDecode._record(decode, lambda: None)
     options = {"pool": "pool", "stream": "stream of cpu", "capture_error_mode": "thread_local"}
-    assert calls == [("capture", options), ("current", "before on cpu")]
+    assert calls == [("capture", options), ("end", (None, "pool")), ("current", "before on cpu")]
+    # The next capture gets a pool of its own.
+    assert decode.pool is None
     assert lively_model().device.type == "cpu"

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Row, complete, finish, make_engine, make_prompts
+from tiny import Row, complete, finish, lively_model, make_engine, make_prompts
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimming import KeepAll, Policy, SnapKV, TrimmedLlama
-from trimming.costs import Costs
+from trimming.costs import Costs, Geometry
 from trimming.engine import Completion, Engine, Image, Request
 from trimming.engine.limits import Limit
+from trimming.engine.memory import Memory
 from trimming.engine.scheduler import PREFILL_VISUAL_TOKENS, activation_bytes, out_of_memory
+from trimming.engine.sequence import Encoded
+from trimming.engine.vision import _patches
+from trimming.selection import cosine_distances, farthest_points
 
 POLICY = TrimmedLlama(0.2)
 
@@ -260,3 +266,103 @@ def test_what_is_set_aside_for_the_11b() -> None:
     sizes = {"images": 8, "visual": PREFILL_VISUAL_TOKENS, "prompt": 8192, "sequences": 256}
     assert 3.5e9 < costs.activations(**sizes) < 5e9
     assert 1e9 < costs.activations(**sizes, each_layer=True) - costs.activations(**sizes) < 3e9
+
+
+# ---- what allocates beside the stages ---------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any one operation has made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view and not func._schema.is_mutable:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize(("old", "new"), [(32, 96), (96, 32), (64, 65)])
+@pytest.mark.parametrize("moved", [1, 300, 1 << 25], ids="{} at once".format)
+def test_slots_are_resized_in_pieces(old: int, new: int, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What overlaps is moved in the right order, and no more than a piece is held."""
+    monkeypatch.setattr("trimming.engine.memory.MOVED_ELEMENTS", moved)
+    geometry = Geometry(self_layers=3, cross_layers=1, heads=4, kv_heads=2, head_dim=4)
+    memory = Memory(geometry, 1 << 20, torch.float32, torch.device("cpu"))
+    assert memory.resize(old)
+    assert memory.open_slots(3)
+    content = torch.randn(3, memory.slot_elements)
+    memory.flat[: 3 * memory.slot_elements] = content.flatten()
+    with Largest() as largest:
+        assert memory.resize(new)
+    common = min(old, new)
+    wanted = torch.zeros(3, 3, 2, 2, new, 4)
+    wanted[..., :common, :] = content.view(3, 3, 2, 2, old, 4)[..., :common, :]
+    assert memory.flat[: 3 * memory.slot_elements].view_as(wanted).equal(wanted)
+    assert largest.elements <= max(moved, 2 * common * 4)
+
+
+def test_want_of_memory_while_slots_are_resized_is_a_prefills(rows: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = tokens(finish(make_engine(POLICY), rows))
+    engine = make_engine(POLICY)
+    resize = Tight(engine.decode.resize, lambda capacity: resize.refused < 1 and capacity > 0)
+    monkeypatch.setattr(engine.decode, "resize", resize)
+    assert tokens(finish(engine, rows)) == wanted
+    assert resize.refused == 1
+
+
+def test_want_of_memory_behind_the_tower_is_the_towers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image of a batch is copied out of it; none is lost where that fails."""
+    rows = requests_of([Row((2,))] * 4)
+    wanted = tokens(finish(make_engine(POLICY), rows))
+    engine = make_engine(POLICY)
+    made = Tight(Encoded, lambda *given: made.made == 1 and made.refused < 1)
+    monkeypatch.setattr("trimming.engine.scheduler.Encoded", made)
+    assert tokens(finish(engine, rows)) == wanted
+    assert made.refused == 1
+
+
+def test_what_waits_encoded_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of several images each: every image of one takes neighbours' along."""
+    monkeypatch.setattr("trimming.engine.scheduler.PREFILL_VISUAL_TOKENS", 200)
+    engine = make_engine(POLICY, image_cache_bytes=0)
+    engine.prefill_sequences = Limit(2)
+    most = [0]
+    encode = engine.tower.encode
+
+    def watch(images: Sequence[Image]) -> Tensor:
+        held = sum(encoded.tiles for s in engine.waiting for encoded in s.encoded) * 10
+        most[0] = max(most[0], held + 10 * sum(len(image.pixels) for image in images))
+        return encode(images)
+
+    monkeypatch.setattr(engine.tower, "encode", watch)
+    complete(engine, requests_of([Row((4, 4, 4, 4))] * 12, [2]))
+    # The limit, the batch that passes it, and what the first prompts need all the same.
+    assert most[0] <= 200 + 8 * 40 + 4 * 40
+
+
+def test_choosing_by_distance_waits_for_nothing() -> None:
+    """An assignment of a Python number by index would send it to the device and wait, once for each point."""
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            assert "index_put" not in str(func) or args[2].dim(), f"{func} is given a number"
+            return func(*args, **(kwargs or {}))
+
+    distances = cosine_distances(torch.randn(30, 4))
+    with Waits():
+        chosen = farthest_points(distances, 7, 0)
+    assert len(set(chosen.tolist())) == 7
+
+
+def test_patches_are_the_convolutions() -> None:
+    vision: Any = lively_model().model.vision_model
+    pixels = torch.randn(5, 3, 42, 42)
+    wanted = vision.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(_patches(vision.patch_embedding, pixels), wanted, rtol=1e-5, atol=1e-5)

@@ -239,9 +239,10 @@ class Costs:
         key_value = 2 * self.geometry.kv_heads * self.geometry.head_dim
         rows = images * vision.max_num_tiles * (self.tokens + -self.tokens % 8)
         between = vision.vision_output_dim - wide
-        # Behind the tower: the intermediate layers' states, the same interleaved, both joined, and projected.
+        # Behind the tower: the intermediate layers' states, the same interleaved, both joined, and projected. In its last
+        # layers: those states, the MLP's before and behind its activation, and a layer's own.
         joined = 2 * between + vision.vision_output_dim + width
-        tower = rows * max(joined, between + 6 * wide + 2 * vision.intermediate_size)
+        tower = rows * max(joined, between + 9 * wide + 2 * vision.intermediate_size)
         # The features of a batch, their keys, values and normed keys.
         prefill = prompt * (3 * text.intermediate_size + 6 * width) + visual * (width + 3 * key_value // 2)
         prefill += each_layer * self.geometry.cross_layers * visual * key_value

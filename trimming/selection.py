@@ -122,9 +122,10 @@ def farthest_points(distances: Tensor, count: int, first: int, weights: Tensor |
     taken = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
     chosen = torch.full((count,), first, device=distances.device)
     for place in range(1, count):
-        # A slice of one: a lone number as an index would wait for the device.
+        # A slice of one: a Python number as an index would synchronise with the device.
         last = chosen[place - 1 : place]
-        taken[last] = True
+        # An assignment of a number by index would send it over, and wait.
+        taken.index_fill_(0, last, True)
         nearest = torch.minimum(nearest, distances[last][0])
         worth = nearest if weights is None else nearest * weights
         # Points that lie on chosen ones are still to be had once nothing else is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,7 +72,6 @@ class GraphDecode(Decode):
         self.workspace = Workspace.allocate(room, geometry.heads, geometry.head_dim, device)
         self.columns = torch.arange(geometry.head_dim, device=device)
         self.heads = torch.arange(geometry.kv_heads, device=device)[:, None]
-        self.key_width = geometry.head_dim
         self.channels: Tensor | None = None
         """(cross layers, most, KV, key_width) the channels of a row's keys; None where keys have all of them."""
         self.logits = torch.zeros(most, model.config.text_config.vocab_size, dtype=model.dtype, device=device)
@@ -81,7 +81,8 @@ class GraphDecode(Decode):
         self.uncaptured: set[int] = set()
         """Batch sizes whose capture failed: their steps run kernel by kernel."""
         self.pool: Any = None
-        """Memory that all graphs share, as one runs at a time. A handle is good for as long as any of its graphs lives."""
+        """Memory that graphs share, as one runs at a time. A handle is good for as long as any of its graphs lives, and they
+        are let go of together: libraries' workspaces in it are used by all."""
         self.stream: Any = None
         """That captures run on. torch's own is of the device that captured first in this process."""
 
@@ -97,6 +98,12 @@ class GraphDecode(Decode):
             self._capture(bucket)
         self.replays.get(bucket, lambda: self._forward(bucket))()
         return self.logits[:count]
+
+    def slice_keys(self, width: int) -> None:
+        # Graphs were captured for keys of another width.
+        self.release()
+        shape = (self.memory.geometry.cross_layers, len(self.input), self.memory.geometry.kv_heads, width)
+        self.channels = torch.zeros(shape, dtype=torch.long, device=self.input.device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -137,22 +144,11 @@ class GraphDecode(Decode):
         self.cross.copy_(places[:4])
         self.cross_length.copy_(places[4])
         self.sees.copy_(places[4].any(0)[:, None])
-        self._upload_channels()
-
-    def _upload_channels(self) -> None:
-        """Which channels the rows' keys have left, for a policy that slices keys."""
         seeing = [(row, sequence.channels) for row, sequence in enumerate(self.running) if sequence.channels]
-        if not seeing:
-            return
-        width = seeing[0][1][0].shape[-1]
-        if self.channels is None or width != self.key_width:
-            # Graphs were captured for keys of another width.
-            self.release()
-            shape = (self.memory.geometry.cross_layers, len(self.input), self.memory.geometry.kv_heads, width)
-            self.key_width, self.channels = width, torch.zeros(shape, dtype=torch.long, device=self.input.device)
-        rows = torch.tensor([row for row, _ in seeing], device=self.input.device)
-        together = torch.stack([channels for _, layers in seeing for channels in layers])
-        self.channels[:, rows] = together.unflatten(0, (len(seeing), -1)).transpose(0, 1)
+        if self.channels is not None and seeing:
+            rows = torch.tensor([row for row, _ in seeing], device=self.input.device)
+            together = torch.stack([channels for _, layers in seeing for channels in layers])
+            self.channels[:, rows] = together.unflatten(0, (len(seeing), -1)).transpose(0, 1)
 
     def _capture(self, bucket: int) -> None:
         """Makes the step of this batch size a graph. Where that fails, for want of memory say, it stays uncaptured."""
@@ -177,6 +173,13 @@ class GraphDecode(Decode):
             # Other threads of an embedding program may allocate meanwhile, which the default mode would not stand.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 run()
+        except RuntimeError:
+            # torch before 2.12 leaves its allocator recording into the pool of a capture that CUDA has invalidated (PR 180395),
+            # where it could neither capture nor free again. Where the recording has ended this is refused.
+            with suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(device.index, self.pool)
+            self.pool = None
+            raise
         finally:
             # A capture that fails at its end leaves its own stream behind as the current one.
             torch.cuda.set_stream(before)

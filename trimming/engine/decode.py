@@ -79,6 +79,9 @@ class Decode:
         self.changed = True
         return self.memory.resize(capacity)
 
+    def slice_keys(self, width: int) -> None:
+        """Of every key from now on this many channels are left, each row's in its ``Sequence_.channels``."""
+
     def warm_up(self) -> None:
         """Does what a first step would have to do besides, where there is any."""
 

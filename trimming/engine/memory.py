@@ -19,6 +19,8 @@ from torch import Tensor
 
 from trimming.costs import Geometry
 
+MOVED_ELEMENTS = 1 << 25
+"""Elements that are moved at once when slots are resized, but for one layer's of very long slots."""
 GRAIN = 64
 """Segments begin and end at multiples of this, for aligned loads."""
 
@@ -110,18 +112,33 @@ class Memory:
             if not self.holes or self.holes[0][0] != frontier or self.holes[0][1] < need:
                 return False
             self._take(0, frontier, need)
-        common = min(capacity, self.capacity)
-        order = range(slots - 1, -1, -1) if new > old else range(slots)
-        for slot in order:
-            # Old and new places overlap.
-            content = self._slot(slot * old, self.capacity)[..., :common, :].clone()
-            moved = self._slot(slot * new, capacity)
-            moved[..., :common, :] = content
-            moved[..., common:, :] = 0
+        if slots and new != old:
+            self._move_slots(capacity)
         if slots and new < old:
             self._give(slots * new, slots * (old - new))
         self.capacity = capacity
         return True
+
+    def _move_slots(self, capacity: int) -> None:
+        """Each slot to where it begins with this capacity, in pieces of whole layers by way of one buffer: nothing else is
+        allocated, so that want of memory shows before anything has moved."""
+        old, new, common = self.slot_elements, self.slot_elements_for(capacity), min(capacity, self.capacity)
+        layer = self.slot_elements_for(common) // (2 * self.geometry.self_layers)
+        halves = 2 * self.geometry.self_layers
+        group = max(1, min(halves, MOVED_ELEMENTS // max(1, layer)))
+        buffer = self.flat.new_empty(group * layer)
+        pieces = [(slot, first) for slot in range(self.slots) for first in range(0, halves, group)]
+        # Old and new places overlap: those that move up go from the last one on.
+        for slot, first in reversed(pieces) if new > old else pieces:
+            come, go = (
+                self._slot(slot * size, room).flatten(0, 1)[first : first + group]
+                for size, room in ((old, self.capacity), (new, capacity))
+            )
+            kept = come[..., :common, :]
+            held = buffer[: kept.numel()].view(kept.shape)
+            held.copy_(kept)
+            go[..., :common, :] = held
+            go[..., common:, :] = 0
 
     def slot_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of self-attention layer ``layer`` in all slots, as views (slots, KV, capacity, head_dim)."""

@@ -604,7 +604,8 @@ def _attend_and_score(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     scores = query.new_zeros(heads, length, dtype=torch.float32)
     attended = []
     for part in query.split(max(1, CHUNK_ELEMENTS // (heads * length))):
-        weights = (fold(part, kv_heads) @ key.transpose(-1, -2) * scaling).softmax(-1, dtype=torch.float32)
+        # Scaled in fp32: rounding the logits a second time would move what is scored against what decoding attends to.
+        weights = (fold(part, kv_heads) @ key.transpose(-1, -2)).float().mul_(scaling).softmax(-1)
         scores += weights.unflatten(1, (-1, len(part))).sum(2).flatten(0, 1)
         attended.append(unfold(weights.to(value.dtype) @ value, len(part)))
     return torch.cat(attended), scores

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import get_args
@@ -110,7 +111,9 @@ class Engine:
         self.memory = _memory_for(model, kv_bytes)
         rotary = Rotary(model)
         self.prefill = Prefill(model, policy, rows, self.memory, rotary)
-        self.decode = _decode_for(model, self.memory, rotary, max_sequences, policy)
+        self.decode = _decode_for(model, self.memory, rotary, max_sequences)
+        if policy.slices:
+            self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
         self.waiting: deque[Sequence_] = deque()
         self.statistics = Statistics()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -162,19 +165,32 @@ class Engine:
         Raises what ended it too early, such as a device's failure; every request under way then has it for its result, and no
         other is taken.
         """
-        while not stop.is_set():
-            with self._arrived:
-                self._arrived.wait_for(lambda: self.waiting or self.decode.running or stop.is_set())
-            try:
-                self.step()
-            except BaseException as error:
+        try:
+            self.warm_up()
+            while not stop.is_set():
                 with self._arrived:
-                    self.failed = error
-                    lost = [*self.decode.running, *self.waiting]
-                for sequence in lost:
-                    if not sequence.future.done():
-                        sequence.future.set_exception(error)
+                    self._arrived.wait_for(lambda: self.waiting or self.decode.running or stop.is_set())
+                self.step()
+        except BaseException as error:
+            with self._arrived:
+                self.failed = error
+                lost = [*self.decode.running, *self.waiting]
+            for sequence in lost:
+                if not sequence.future.done():
+                    sequence.future.set_exception(error)
+            raise
+
+    def warm_up(self) -> None:
+        """Compiles and captures what decode steps need, which the first steps would have to do; on CUDA some seconds. ``serve``
+        begins with it."""
+        try:
+            with computing_on(self.model.device):
+                self.decode.warm_up()
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
+            # Steps capture as they come, once there is memory.
+            self._warn("out of memory while decode steps were captured")
 
     def use(self, policy: Policy) -> None:
         """``policy`` for every request from now on; images that are encoded already stay so.
@@ -189,6 +205,8 @@ class Engine:
             if "class_attention" in policy.looks_at - self.policy.looks_at:
                 # Images that are encoded already lack it.
                 self.images.clear()
+            if policy.slices:
+                self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
             self.policy = self.prefill.policy = policy
             self._share = _first_guess(policy)
 
@@ -289,11 +307,11 @@ class Engine:
         """Encodes and prefills ``batch``, which stands first among the waiting; False where nothing more can start now."""
         if not self._encode(batch):
             return not self._full_house
-        if not self._reserve(batch):
-            return self._no_room(batch)
         began = time.perf_counter()
         here = {_keys(s) for s in self.decode.running}
         try:
+            if not self._reserve(batch):
+                raise NoRoomError
             logits = self.prefill(batch)
             tokens = self._choose(logits, batch)
             first = tokens.tolist()
@@ -338,8 +356,9 @@ class Engine:
 
     def _unreserve(self, batch: Sequence[Sequence_]) -> None:
         for sequence in reversed(batch):
-            self.memory.close_slot(sequence.slot)
-            sequence.slot = -1
+            if sequence.slot >= 0:
+                self.memory.close_slot(sequence.slot)
+                sequence.slot = -1
             if sequence.segment is not None:
                 self.memory.release(sequence.segment)
                 sequence.segment = None
@@ -413,6 +432,13 @@ class Engine:
                 seen = list(attention)
             else:
                 features = self.tower.encode(pictures)
+            # Views would keep all of the batch's images.
+            alone = len(together) == 1
+            encoded = [
+                Encoded(len(image.pixels), own if alone else own.clone()) for image, own in zip(pictures, features, strict=True)
+            ]
+            for one, own in zip(encoded, seen, strict=bool(seen)):
+                one.class_attention = own.clone()
             self._synchronise()
             failure = None
         except Exception as error:
@@ -426,13 +452,10 @@ class Engine:
             return self._tower_failed(together, failure)
         self.tower_images.passed(len(together))
         self.statistics.images_encoded += len(together)
-        for number, ((owner, image), own) in enumerate(zip(together, features, strict=True)):
-            # A view would keep all of the batch's images.
-            encoded = Encoded(len(image.pixels), own.clone() if len(together) > 1 else own)
-            encoded.class_attention = seen[number].clone() if seen else None
+        for (owner, image), one in zip(together, encoded, strict=True):
             if self.images.limit_bytes:
-                self.images.put(image.key, encoded)
-            owner.encoded.append(encoded)
+                self.images.put(image.key, one)
+            owner.encoded.append(one)
         return True
 
     def _alike(self, sequence: Sequence_, image: Image) -> list[tuple[Sequence_, Image]]:
@@ -441,8 +464,11 @@ class Engine:
         if image.key in self._suspects:
             return together
         keys = {image.key}
-        for other in list(self.waiting)[: 2 * self.tower_images.now + self.prefill_sequences.now]:
-            if len(together) >= self.tower_images.now:
+        ahead = list(self.waiting)[: 2 * self.tower_images.now + self.prefill_sequences.now]
+        # Prompts of many images take as many neighbours' along: what waits encoded is held to what a prefill takes.
+        held = sum(encoded.tiles for other in ahead for encoded in other.encoded) * self.tower.tokens
+        for other in ahead:
+            if len(together) >= self.tower_images.now or held > PREFILL_VISUAL_TOKENS:
                 break
             done = len(other.encoded)
             if other is sequence or done == len(other.request.images):
@@ -585,7 +611,9 @@ class Engine:
         self.images.clear()
         freed = self.decode.release() or freed
         if freed and self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+            # Refused while some other capture of this process is under way.
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
         return freed
 
     # ---- the rest -------------------------------------------------------------------------------------------------------
@@ -648,9 +676,7 @@ def activation_bytes(model: MllamaForConditionalGeneration, policy: Policy, max_
     )
 
 
-def _decode_for(
-    model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary, most: int, policy: Policy
-) -> Decode:
+def _decode_for(model: MllamaForConditionalGeneration, memory: Memory | ShardedMemory, rotary: Rotary, most: int) -> Decode:
     # A graph is one device's. On several each step launches its kernels, behind which the weights of a model that needs
     # several take their time to read.
     if model.device.type != "cuda" or isinstance(memory, ShardedMemory):

@@ -103,7 +103,7 @@ class Tower:
     def _embed(self, pixels: Tensor, ids: Tensor, count: int, tiles: int) -> Tensor:
         """(B, tiles, tokens, width). A padding tile's pixels are zero, and the patch embedding has no bias."""
         vision = self.vision
-        patches = vision.patch_embedding(self.normalise(pixels)).flatten(2).transpose(1, 2)
+        patches = _patches(vision.patch_embedding, self.normalise(pixels))
         patches = F.pad(patches.unflatten(0, (-1, count)), (0, 0, 0, 0, 0, tiles - count))
         patches = patches + self._tile_embedding(vision.pre_tile_positional_embedding, ids, tiles)[:, :, None]
         first = vision.class_embedding.expand(*patches.shape[:2], 1, -1)
@@ -119,6 +119,15 @@ class Tower:
         """(B, tiles, width)."""
         embedding = module.embedding(ids).view(len(ids), self.max_tiles, -1)[:, :tiles]
         return embedding * module.gate.tanh() if module.is_gated else embedding
+
+
+def _patches(convolution: Any, pixels: Tensor) -> Tensor:
+    """(n, patches, width) of pixels (n, 3, side, side). The convolution's windows do not overlap and it has no bias, so that it
+    is a matrix product; as one it needs no plan of cuDNN's for each number of tiles, and is no exception in fp32, where torch
+    multiplies in full precision and convolves in TF32."""
+    size = convolution.kernel_size[0]
+    rows = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return F.linear(rows, convolution.weight.flatten(1))
 
 
 def _layer(layer: Any, states: Tensor, real: int, rows: int) -> Tensor:
