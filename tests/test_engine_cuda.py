@@ -77,5 +77,31 @@ def test_graphs_say_what_the_cpu_does(policy: Policy) -> None:
     assert answers(policy, None, "cuda") == answers(policy, Decode)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_that_cuda_invalidates_costs_no_answer() -> None:
+    """What synchronises breaks a capture off. The step goes on uncaptured, others are captured, and memory can be freed."""
+    model = tiny_model().to("cuda")
+    options = {"eos": (), "kv_bytes": 1 << 22, "max_sequences": 3}
+    engine = Engine(model, KeepAll(), normalise=lambda pixels: pixels.to("cuda"), **options)
+    decode = engine.decode
+    assert isinstance(decode, GraphDecode)
+    forward = decode._forward
+
+    def synchronising(bucket: int) -> None:
+        if torch.cuda.is_current_stream_capturing() and bucket == 3:
+            decode.place.sum().item()
+        forward(bucket)
+
+    decode._forward = synchronising  # type: ignore[method-assign]
+    requests = [Request(id=str(i), tokens=[1, 5 + i, 7], max_new_tokens=3 + 2 * i) for i in range(3)]
+    found = [completion.tokens for completion in engine.generate(requests)]
+    assert decode.uncaptured == {3}
+    assert set(decode.replays) == {1, 2}
+    torch.cuda.empty_cache()
+    plain = Engine(tiny_model(), KeepAll(), normalise=lambda pixels: pixels, **options)
+    assert found == [completion.tokens for completion in plain.generate(requests)]
+
+
 if __name__ == "__main__":
     main()

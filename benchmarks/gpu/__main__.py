@@ -89,7 +89,9 @@ def run(name: str, bench: Bench, store: Store, here: Result) -> bool:
     out["took"] = time.monotonic() - began
     store.save()
     # Where the device is broken this ends the program; the kit starts another.
+    out |= bench.allocator()
     bench.release()
+    store.save()
     bench.say(f"{name}: {out['status']} after {out['took']:.1f} s")
     return bool(out["status"] == "done")
 

@@ -68,6 +68,11 @@ def _ends(sections: Result, conditions: Result) -> list[str]:
         notes = [part["error"]] if "error" in part else []
         if _machine(part["conditions"]) != _machine(conditions):
             notes.append(f"on {_machine(part['conditions'])}")
+        if "allocator" in part:
+            one = part["allocator"]
+            notes.append(
+                f"allocator: {one['retries']} retries, {one['refusals']} refusals, {one['reserved_bytes'] / 1e9:.1f} GB at most"
+            )
         took = f"{part['took']:.0f}" if "took" in part else ""
         lines.append(row([name, part["status"], took, "; ".join(notes).replace("\n", " ").replace("|", "\\|")]))
     traces = [
@@ -111,10 +116,13 @@ def _table(name: str, part: Result) -> list[str]:
 def _correct(part: Result) -> list[str]:
     lines = ["## Correct", "", *_head(["check", "passed", "seconds", "figures"])]
     for name, check in part.get("checks", {}).items():
-        told = {k: v for k, v in check.items() if k not in ("passed", "seconds", "error", "traceback", "tail")}
-        figures = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in told.items())
+        hidden = ("passed", "seconds", "error", "traceback", "tail", "faults", "failing")
+        told = {key: value for key, value in check.items() if key not in hidden and value != {}}
+        figures = "; ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in told.items())
         passed = "skipped" if "skipped" in check else "yes" if check["passed"] else f"**no**: {check.get('error', '')}"
         lines.append(row([name, passed.replace("|", "\\|"), f"{check['seconds']:.1f}", figures.replace("|", "\\|")]))
+    if part.get("not_reached"):
+        lines += ["", f"No time for: {', '.join(part['not_reached'])}."]
     return lines
 
 
@@ -375,6 +383,8 @@ def _gigabytes(value: float | None) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_short, value)) or "none"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key} {_short(part)}' for key, part in value.items())})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

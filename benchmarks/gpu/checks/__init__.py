@@ -1,0 +1,1 @@
+"""The checks of the section "correct": one module for each kind of reference."""
