@@ -37,6 +37,12 @@ sys.meta_path.insert(0, Lacking())
 """
 
 
+@pytest.fixture(autouse=True)
+def interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program sets it for itself, where there is no GPU: here that must end with the test."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 # ---- all of it --------------------------------------------------------------------------------------------------------------
 
 
@@ -51,18 +57,17 @@ def test_the_rehearsal_runs_every_section_without_what_the_machine_lacks(tmp_pat
     assert "the lent machine lacks it" in done.stderr
     output = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.gpu_kit", *TINY, "--output", str(output)]
-    began = time.monotonic()
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert time.monotonic() - began < 240
     found = json.loads((output / "gpu.json").read_text())
     assert list(found["sections"]) == list(SECTIONS)
     assert {name: part["status"] for name, part in found["sections"].items()} == dict.fromkeys(SECTIONS, "done")
     assert found["rehearsal"] is True
     assert found["conditions"]["size"] == "tiny"
-    assert {
-        name: check["passed"] for name, check in found["sections"]["correct"]["checks"].items() if not check["passed"]
-    } == {}
+    # The tests marked gpu find no device, which is no failure.
+    checks = found["sections"]["correct"]["checks"]
+    assert {name for name, check in checks.items() if not check["passed"]} == {"gpu tests"}
+    assert checks["gpu tests"]["skipped"] == "there is no CUDA device"
     ratios = found["ratios"]
     assert ratios["captioning_engine_over_peer"] > 0
     assert list(ratios["decode_roofline_share"]) == ["full", "half", "quarter"]
@@ -85,7 +90,7 @@ def test_the_rehearsal_runs_every_section_without_what_the_machine_lacks(tmp_pat
         "rows' GB",
     ):
         assert said in page
-    # What comes back from a lent machine is eight files, none in deep folders.
+    # What comes back from a lent machine is few files, none in deep folders.
     assert sorted(path.name for path in output.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
 
 
