@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.gpu.amounts import SECTIONS
 from benchmarks.gpu.options import Options, parse
 from benchmarks.gpu.store import Store
 
@@ -42,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left, flags = list(options.sections), _flags(options)
     try:
         while left and time.monotonic() < end:
-            code = _watch(_command(options, flags, end), options.output, started, end)
+            code = _watch(options, _command(options, flags, end), started, end)
             sections = Store(options.output).sections
             # What was tried is not tried again: it would end the same way.
             rest = [name for name in left if sections.get(name, {}).get("began", 0) < started]
             if rest == left:
                 return _nothing(code)
-            left, flags = rest, ["--only", ",".join(rest)]
+            left, flags = rest, ["--only", ",".join(f"{name}={options.seconds[name]:g}" for name in rest)]
     finally:
         signal.signal(signal.SIGTERM, before)
     store = Store(options.output)
@@ -79,8 +78,9 @@ def _command(options: Options, flags: Sequence[str], end: float) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", *given, "--minutes", f"{minutes:.4f}", *flags]
 
 
-def _watch(command: Sequence[str], folder: Path, started: float, end: float) -> int:
+def _watch(options: Options, command: Sequence[str], started: float, end: float) -> int:
     """Runs the program until it ends or has to be ended; its exit code. A section that it leaves behind is marked."""
+    folder = options.output
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     program = subprocess.Popen(
@@ -95,7 +95,7 @@ def _watch(command: Sequence[str], folder: Path, started: float, end: float) -> 
     said = threading.Thread(target=_tee, args=(program, folder), daemon=True)
     said.start()
     try:
-        why = _wait(program, folder, started, end)
+        why = _wait(program, options, started, end)
     finally:
         # Its own children too, such as pytest; none of them outlives it.
         _kill(program)
@@ -111,17 +111,17 @@ def _watch(command: Sequence[str], folder: Path, started: float, end: float) -> 
     return program.returncode
 
 
-def _wait(program: subprocess.Popen[str], folder: Path, started: float, end: float) -> str | None:
+def _wait(program: subprocess.Popen[str], options: Options, started: float, end: float) -> str | None:
     """Until the program ends, or why it has to be ended."""
     running, since = None, time.monotonic()
     while program.poll() is None:
         time.sleep(EVERY)
-        sections, now = Store(folder).sections, time.monotonic()
+        sections, now = Store(options.output).sections, time.monotonic()
         active = [n for n, s in sections.items() if s["status"] == "running" and s["began"] >= started]
         name = active[0] if active else None
         if name != running:
             running, since = name, now
-        limit = START_SECONDS if name is None else SECTIONS[name] + GRACE
+        limit = START_SECONDS if name is None else options.seconds[name] + GRACE
         if now - since > limit:
             return f"it took over {limit:.0f} s"
         if now > end:

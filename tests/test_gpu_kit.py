@@ -117,6 +117,7 @@ def test_no_section_pulls_in_what_the_machine_lacks() -> None:
     [
         (["--device", "cpu"], "--size tiny"),
         (["--only", "tower,towel"], "'towel' is no section"),
+        (["--sections", "tower=soon"], "tower=soon: give a positive number"),
         (["--minutes", "0"], "must be positive"),
     ],
 )
@@ -280,9 +281,9 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         command = gpu_kit._command
         monkeypatch.setattr(gpu_kit, "_command", lambda *given: [sys.executable, str(script), *command(*given)[3:]])
         monkeypatch.setattr(gpu_kit, "GRACE", 1.0)
-        monkeypatch.setattr(gpu_kit, "SECTIONS", dict.fromkeys(SECTIONS, 0.5))
         try:
-            code = gpu_kit.main([*TINY, "--output", str(tmp_path / "out"), "--minutes", str(minutes), *flags])
+            sections = ["--sections", ",".join(f"{name}=0.5" for name in SECTIONS)]
+            code = gpu_kit.main([*TINY, "--output", str(tmp_path / "out"), "--minutes", str(minutes), *sections, *flags])
         finally:
             monkeypatch.setattr(gpu_kit, "_command", command)
         return code, Store(tmp_path / "out").sections

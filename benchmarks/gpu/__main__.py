@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu.amounts import SECTIONS, TINY_GPU, GpuAmounts
+from benchmarks.gpu.amounts import TINY_GPU, GpuAmounts
 from benchmarks.gpu.options import parse
 from benchmarks.gpu.store import Result, Store
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store.conditions["model"] = model_of(bench)
             store.conditions["rates"] = rates_of(bench)
             say(f"the model is there: {store.conditions['model']['parameters'] / 1e9:.4g} G parameters")
-        bench.deadline = min(time.monotonic() + SECTIONS[name], end)
+        bench.deadline = min(time.monotonic() + options.seconds[name], end)
         failed |= not run(name, bench, store, here)
     print((options.output / "gpu.md").read_text())
     return int(failed)

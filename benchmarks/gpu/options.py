@@ -13,7 +13,7 @@ MINUTES = sum(SECTIONS.values()) / 60
 
 
 class Options(argparse.Namespace):
-    """``sections`` are to be run, in order; ``store`` holds what stays of earlier runs."""
+    """``sections`` are to be run, in order, each in so many ``seconds``; ``store`` holds what stays of earlier runs."""
 
     output: Path
     device: str
@@ -22,6 +22,7 @@ class Options(argparse.Namespace):
     only: str | None
     resume: bool
     sections: list[str]
+    seconds: dict[str, float]
     store: Store
 
 
@@ -33,17 +34,29 @@ def parse(description: str, arguments: Sequence[str] | None) -> Options:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     add("--size", choices=("11b", "tiny"), default="11b", help="tiny rehearses: it measures nothing; default: 11b")
     add("--minutes", type=float, default=MINUTES, help="nothing goes on for longer; default: %(default)g")
-    add("--only", metavar="A,B", help=f"these sections alone, anew, of {', '.join(SECTIONS)}; the others stay as they are")
+    add(
+        "--only",
+        "--sections",
+        metavar="A,B=SECONDS",
+        help=f"these sections alone, anew, the others stay as they are; {', '.join(SECTIONS)}; with seconds other than theirs",
+    )
     add("--resume", action="store_true", help="only sections that the folder lacks, or that did not end well")
     options = parser.parse_args(arguments, Options())
     if options.device == "cpu" and options.size != "tiny":
         parser.error("--device cpu takes --size tiny: 11b has 22 GB of weights")
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes:g} must be positive")
-    named = list(SECTIONS) if options.only is None else options.only.split(",")
-    unknown = [name for name in named if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--only {unknown[0]!r} is no section; they are {', '.join(SECTIONS)}")
+    named = list(SECTIONS)
+    options.seconds = dict(SECTIONS)
+    if options.only is not None:
+        given = dict(part.partition("=")[::2] for part in options.only.split(","))
+        named = list(given)
+        for name, seconds in given.items():
+            if name not in SECTIONS:
+                parser.error(f"--only {name!r} is no section; they are {', '.join(SECTIONS)}")
+            if seconds and not _positive(seconds):
+                parser.error(f"--only {name}={seconds}: give a positive number of seconds")
+            options.seconds[name] = float(seconds or SECTIONS[name])
     try:
         options.store = store = Store(options.output)
     except ValueError as error:
@@ -56,3 +69,10 @@ def parse(description: str, arguments: Sequence[str] | None) -> Options:
     missing = set(store.missing()) if options.resume else set(SECTIONS)
     options.sections = [name for name in SECTIONS if name in named and name in missing]
     return options
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
