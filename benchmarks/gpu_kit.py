@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _watch(options, _command(options, flags, end), started, end)
             sections = Store(options.output).sections
             # What was tried is not tried again: it would end the same way.
-            rest = [name for name in left if sections.get(name, {}).get("began", 0) < started]
+            rest = [name for name in left if sections.get(name, {}).get("began", 0.0) < started]
             if rest == left:
                 return _nothing(code)
             left, flags = rest, ["--only", ",".join(f"{name}={options.seconds[name]:g}" for name in rest)]
@@ -90,6 +90,7 @@ def _watch(options: Options, command: Sequence[str], started: float, end: float)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     said = threading.Thread(target=_tee, args=(program, folder), daemon=True)
@@ -98,17 +99,16 @@ def _watch(options: Options, command: Sequence[str], started: float, end: float)
         why = _wait(program, options, started, end)
     finally:
         # Its own children too, such as pytest; none of them outlives it.
-        _kill(program)
+        code = _kill(program)
         said.join(5)
     store = Store(folder)
     for section in store.sections.values():
-        if section["status"] == "running":
-            code = program.returncode
+        if section["status"] == "running" and section["began"] >= started:
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             section |= {"status": "timed out" if why else "killed", "error": why or f"its process ended with {ended}"}
             section["took"] = time.time() - section["began"]
             store.save()
-    return program.returncode
+    return code
 
 
 def _wait(program: subprocess.Popen[str], options: Options, started: float, end: float) -> str | None:
@@ -139,10 +139,14 @@ def _tee(program: subprocess.Popen[str], folder: Path) -> None:
             print(line, end="", file=log, flush=True)
 
 
-def _kill(program: subprocess.Popen[str]) -> None:
+def _kill(program: subprocess.Popen[str]) -> int:
+    """Its exit code; that of a kill for one that hangs in the driver, which nothing ends."""
     with suppress(ProcessLookupError):
         os.killpg(program.pid, signal.SIGKILL)
-    program.wait()
+    try:
+        return program.wait(20)
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL
 
 
 if __name__ == "__main__":

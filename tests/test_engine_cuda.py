@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, make_inputs, tiny_model
 
-from trimming import KeepAll, Policy, SnapKV, ThinK, TrimmedLlama, ZipVL
+from trimming import KeepAll, Policy, ThinK, TrimmedLlama, ZipVL
 from trimming.engine import Engine, Image, Request, scheduler
 from trimming.engine.cuda import GraphDecode, buckets
 from trimming.engine.decode import Decode
@@ -48,9 +48,10 @@ def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") ->
 
 
 def main() -> None:
-    for policy in (KeepAll(), TrimmedLlama(k_ratio=0.2), ZipVL(mass=0.7), ThinK(0.4, SnapKV(keep=0.3))):
-        plain, static = answers(policy, Decode), answers(policy, GraphDecode)
-        assert plain == static, f"{policy}: {plain} {static}"
+    # Sets of each layer's own, and sliced keys. Others, with logits, are in the GPU kit's rehearsal (checks/captured.py).
+    policy = ThinK(0.4, ZipVL(mass=0.7))
+    plain, static = answers(policy, Decode), answers(policy, GraphDecode)
+    assert plain == static, f"{policy}: {plain} {static}"
 
 
 @pytest.mark.slow

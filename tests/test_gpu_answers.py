@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,17 +127,19 @@ def test_the_cpus_own_answers_have_no_fault(shipped: dict[str, list[Question]]) 
     assert not list(faults(part, "float32"))
 
 
-def test_one_near_tie_is_no_fault_and_one_answer_in_a_hundred_is(shipped: dict[str, list[Question]]) -> None:
+def test_one_near_tie_is_no_fault_and_one_answer_in_a_hundred_is_one_of_fp32(shipped: dict[str, list[Question]]) -> None:
     questions = shipped["scenes-test"]
     texts = texts_of(questions)
     right = [place for place, question in enumerate(questions) if texts[place] == question.row.answer]
-    for places, wrong in ((right[:1], 0), (right[::100], 1)):
+    # bf16 rounds, and may cost one in a hundred.
+    for places, dtypes in ((right[:1], []), (right[::100], ["float32"]), (right[::25], ["float32", "bfloat16"])):
         changed = ["wrong" if place in places else text for place, text in enumerate(texts)]
         part = compare(questions, answer(questions, changed), "trimmed")
         assert part["difference"] == pytest.approx(-len(places) / 1_500)
-        assert len(list(faults(part, "bfloat16"))) == wrong
-        # Far inside the accuracy's own interval: the paired difference is what tells.
-        assert part["accuracy_low"] < part["cpu_accuracy"] < part["accuracy_high"]
+        assert [dtype for dtype in DTYPES if list(faults({**part, "same_text": 1.0}, dtype))] == dtypes
+        # One in a hundred is far inside the accuracy's own interval: the paired difference is what tells.
+        if len(places) < 20:
+            assert part["accuracy_low"] < part["cpu_accuracy"] < part["accuracy_high"]
 
 
 def test_other_wrong_words_are_a_fault_of_fp32_alone(shipped: dict[str, list[Question]]) -> None:
@@ -231,10 +231,3 @@ def test_the_answerers_model_has_the_device_and_dtype_that_are_asked_for() -> No
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, getattr(torch, dtype))}
     default = Answerer(MODEL).model
     assert (default.device.type, default.dtype) == ("cpu", torch.float32)
-
-
-def test_the_section_imports_nothing_that_a_lent_machine_lacks() -> None:
-    lacking = {"ray", "s3fs", "jsonargparse", "tenacity", "rapidfuzz", "moto", "duckdb", "datasets", "easy_vqa", "torchvision"}
-    code = f"import benchmarks.gpu.answers, sys; print(sorted({lacking} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=table.ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -1,12 +1,10 @@
-"""The GPU kit's section "correct" on a CPU: it passes, and each of its checks fails where the engine is wrong."""
+"""Each check of the GPU kit's section "correct" fails where the engine is wrong. That all pass where it is right, the kit's
+rehearsal shows."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from benchmarks.gpu.checks.gpu_tests import GpuTests, missing_imports
 from benchmarks.gpu.checks.memory import Scarce, check_out_of_memory
 from benchmarks.gpu.checks.references import check_logits, check_masked, check_policies, check_tokens, policy_family
 from benchmarks.gpu.checks.subject import DType, Subject, WrongError, demand, error_of
-from benchmarks.gpu.correct import CHECKS, GPU_TESTS, measure_correct
+from benchmarks.gpu.correct import GPU_TESTS, measure_correct
 from trimming import Policy, TrimmedLlama, policies
 from trimming.engine import Engine
 from trimming.engine.cuda import GraphDecode
@@ -38,54 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MISSING = ("ray", "s3fs", "jsonargparse", "tenacity", "rapidfuzz", "moto", "duckdb", "datasets", "easy_vqa")
 """Packages that a lent GPU machine lacks."""
 
-SECTION = """
-import json, sys, torch
-from benchmarks.gpu.amounts import TINY_GPU
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.correct import measure_correct
-
-out = {}
-say = lambda line: print(line, file=sys.stderr)
-try:
-    measure_correct(Bench(device=torch.zeros(1).device, amounts=TINY_GPU, save=lambda: None, say=say), out)
-finally:
-    print(json.dumps(out))
-"""
-
 
 @pytest.fixture
 def bench() -> Bench:
     return Bench(device=torch.zeros(1).device, amounts=TINY_GPU, save=lambda: None, say=lambda line: None)
-
-
-# ---- the whole section ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_cpu_passes_every_check() -> None:
-    # Triton decides at its import whether it interprets.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", SECTION], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout)
-    assert list(out["checks"]) == [*CHECKS, GPU_TESTS]
-    assert out["not_reached"] == []
-    for name, check in out["checks"].items():
-        assert check["passed"] or check["skipped"], name
-        assert check["seconds"] >= 0
-    tests = out["checks"][GPU_TESTS]
-    if not torch.cuda.is_available():
-        assert (tests["passed"], tests["tests_passed"], tests["tests_failed"]) == (None, 0, 0)
-        assert tests["tests_skipped"] > 30
-    assert tests["left_out"] == {}
-    policies, memory = out["checks"]["policies"], out["checks"]["out of memory"]
-    assert (policies["policies"], policies["kept_equal"], policies["different"]) == (14, 1, {})
-    assert memory["cases"] == memory["survived"] == 8
-
-
-def test_nothing_is_needed_that_a_gpu_machine_lacks() -> None:
-    program = f"import sys; sys.modules.update(dict.fromkeys({MISSING})); import benchmarks.gpu.correct"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 # ---- each check can fail ----------------------------------------------------------------------------------------------------
@@ -417,8 +371,10 @@ def test_a_file_that_cannot_be_imported_is_named(tests: GpuTests) -> None:
 def test_gpu_tests_that_hang_are_ended(tests: GpuTests, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONG", "600")
     monkeypatch.setattr(gpu_tests, "TESTS_SECONDS", 0.5)
-    with tests, pytest.raises(WrongError, match="not done in time"):
-        tests.results()
+    with tests:
+        found = tests.results()
+    # Their kernels compile anew on every machine: that some were not reached is told, and is no fault of the engine's.
+    assert found["skipped"] == "the tests were not done in time"
     assert tests.process is not None
     assert tests.process.returncode
 

@@ -19,6 +19,7 @@ from benchmarks import gpu_kit
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.amounts import SECTIONS
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.correct import CHECKS, GPU_TESTS
 from benchmarks.gpu.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,18 +57,17 @@ def test_the_rehearsal_runs_every_section_without_what_the_machine_lacks(tmp_pat
     )
     assert "the lent machine lacks it" in done.stderr
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "benchmarks.gpu_kit", *TINY, "--output", str(output)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    # Some forty seconds where nothing runs beside it; what does must not cut a section short.
+    sections = ["--sections", ",".join(f"{name}=100" for name in SECTIONS)]
+    command = [sys.executable, "-m", "benchmarks.gpu_kit", *TINY, "--output", str(output), *sections]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads((output / "gpu.json").read_text())
     assert list(found["sections"]) == list(SECTIONS)
     assert {name: part["status"] for name, part in found["sections"].items()} == dict.fromkeys(SECTIONS, "done")
     assert found["rehearsal"] is True
     assert found["conditions"]["size"] == "tiny"
-    # The tests marked gpu find no device, which is no failure.
-    checks = found["sections"]["correct"]["checks"]
-    assert {name for name, check in checks.items() if not check["passed"]} == {"gpu tests"}
-    assert checks["gpu tests"]["skipped"] == "there is no CUDA device"
+    check_correct(found["sections"]["correct"])
     ratios = found["ratios"]
     assert ratios["captioning_engine_over_peer"] > 0
     assert list(ratios["decode_roofline_share"]) == ["full", "half", "quarter"]
@@ -92,6 +92,20 @@ def test_the_rehearsal_runs_every_section_without_what_the_machine_lacks(tmp_pat
         assert said in page
     # What comes back from a lent machine is few files, none in deep folders.
     assert sorted(path.name for path in output.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
+
+
+def check_correct(section: dict[str, Any]) -> None:
+    """Every check has passed. The tests marked gpu find no device, which is no failure."""
+    checks = section["checks"]
+    assert list(checks) == [*CHECKS, GPU_TESTS]
+    assert section["not_reached"] == []
+    assert {name for name, check in checks.items() if not check["passed"]} == {GPU_TESTS}
+    tests, policies, memory = checks[GPU_TESTS], checks["policies"], checks["out of memory"]
+    assert tests["skipped"] == "there is no CUDA device"
+    assert (tests["tests_passed"], tests["tests_failed"], tests["left_out"]) == (0, 0, {})
+    assert tests["tests_skipped"] > 30
+    assert (policies["policies"], policies["kept_equal"], policies["different"]) == (14, 1, {})
+    assert memory["cases"] == memory["survived"] == 8
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -202,7 +216,7 @@ def test_a_failed_section_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mon
 def test_only_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def run(name: str, bench: Bench, store: Store, here: dict[str, Any]) -> bool:
+    def run(name: str, bench: Bench, store: Store, here: dict[str, Any], *_: float) -> bool:
         ran.append(name)
         status = "failed" if name == "decode" and ran.count("decode") == 1 else "done"
         store.sections[name] = {
@@ -248,6 +262,8 @@ def conditions() -> dict[str, Any]:
 MISBEHAVING = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
+now, shift = time.time, float(os.environ.get("SHIFT", 0))
+time.time = lambda: now() + shift
 from benchmarks.gpu.options import parse
 
 options = parse("", sys.argv[1:])
@@ -334,6 +350,28 @@ def test_a_process_that_dies_costs_its_section_alone(kit: Any, tmp_path: Path, c
     assert ends(sections) == dict.fromkeys(SECTIONS, "done")
     again = [line.split()[1] for line in capfd.readouterr().err.splitlines() if line.startswith("begin")]
     assert again == ["correct", "prefill", "decode"]
+
+
+@pytest.mark.parametrize("into", [10_000, 60_000])
+def test_points_in_time_are_kept_whole(into: int, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to five digits as figures are, they would lie hours from now: before the start or after it."""
+    now = time.time
+    shift = into - now() % 100_000
+    monkeypatch.setattr(time, "time", lambda: now() + shift)
+    monkeypatch.setenv("SHIFT", str(shift))
+    code, sections = kit(hang=["tower"])
+    assert code == 1
+    assert ends(sections) == {**dict.fromkeys(SECTIONS, "done"), "tower": "timed out"}
+
+
+def test_what_an_earlier_kit_was_in_the_midst_of_is_taken_up(kit: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    store.conditions = conditions()
+    store.sections = {"tower": {"status": "running", "began": time.time() - 60, "conditions": conditions()}}
+    store.save()
+    code, sections = kit("--resume")
+    assert code == 0
+    assert ends(sections) == dict.fromkeys(SECTIONS, "done")
 
 
 def test_the_kits_time_ends_what_runs(kit: Any) -> None:

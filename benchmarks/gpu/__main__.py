@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     from benchmarks.gpu.bench import Bench
-    from benchmarks.gpu.conditions import conditions_of, model_of
+    from benchmarks.gpu.conditions import conditions_of
 
     def say(line: str) -> None:
         print(f"[{(time.monotonic() - began) / 60:5.2f} min] {line}", file=sys.stderr, flush=True)
@@ -62,22 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() >= end:
             say(f"no time for {name}")
             continue
-        if name in WITH_MODEL and "model" not in store.conditions:
-            store.conditions["model"] = model_of(bench)
-            store.conditions["rates"] = rates_of(bench)
-            say(f"the model is there: {store.conditions['model']['parameters'] / 1e9:.4g} G parameters")
-        bench.deadline = min(time.monotonic() + options.seconds[name], end)
-        failed |= not run(name, bench, store, here)
+        failed |= not run(name, bench, store, here, options.seconds[name], end)
     print((options.output / "gpu.md").read_text())
     return int(failed)
 
 
-def run(name: str, bench: Bench, store: Store, here: Result) -> bool:
-    """Whether the section went well. What it found stays whatever happens."""
-    began = time.monotonic()
-    store.sections[name] = out = {"status": "running", "began": time.time(), "conditions": here}
+def run(name: str, bench: Bench, store: Store, here: Result, seconds: float, end: float) -> bool:
+    """Whether the section went well, in so many seconds and before ``end``. What it found stays whatever happens."""
+    out: Result = {"status": "loading", "conditions": here}
+    store.sections[name] = out
     store.save()
+    before = bench.allocator()
     try:
+        if name in WITH_MODEL and "model" not in store.conditions:
+            add_model(bench, store.conditions)
+        out |= {"status": "running", "began": time.time()}
+        store.save()
+        bench.deadline = min(time.monotonic() + seconds, end)
         module = importlib.import_module(f"benchmarks.gpu.{name}")
         getattr(module, f"measure_{name}")(bench, out)
         out["status"] = "done"
@@ -86,14 +87,24 @@ def run(name: str, bench: Bench, store: Store, here: Result) -> bool:
         out |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         # Its frames hold the section's tensors.
         traceback.clear_frames(error.__traceback__)
-    out["took"] = time.monotonic() - began
+    out["took"] = time.time() - out.setdefault("began", time.time())
     store.save()
     # Where the device is broken this ends the program; the kit starts another.
-    out |= bench.allocator()
+    if before:
+        out["allocator"] = {what: count - before[what] for what, count in bench.allocator().items()}
     bench.release()
     store.save()
     bench.say(f"{name}: {out['status']} after {out['took']:.1f} s")
     return bool(out["status"] == "done")
+
+
+def add_model(bench: Bench, conditions: Result) -> None:
+    """Makes the large model, and the rates if nobody has, and tells of them."""
+    from benchmarks.gpu.conditions import model_of
+
+    made = model_of(bench)
+    conditions |= {"model": made, "rates": rates_of(bench)}
+    bench.say(f"the model is there: {made['parameters'] / 1e9:.4g} G parameters")
 
 
 def rates_of(bench: Bench) -> Result:

@@ -20,6 +20,7 @@ from pipeline.engine import Engine
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 LEAST_SAME_TEXT = 0.98
 """Share of the fp32 answers that must be the CPU's texts. Sums in another order may flip a near tie, no more."""
+BF16_MARGIN = 0.01
 TINY_ROWS = 30
 """Rows of each data set in a rehearsal."""
 FIRST_SECONDS_PER_ROW = 0.01
@@ -38,7 +39,7 @@ def measure_answers(bench: Bench, out: Result) -> None:
       - ``accuracy``, ``accuracy_low``, ``accuracy_high``: share of right answers with its 95 % interval.
       - ``cpu_accuracy``: the CPU's share of right answers to the same questions.
       - ``difference``, ``difference_low``, ``difference_high``: ``accuracy`` less ``cpu_accuracy`` with its 95 % interval,
-        which must hold 0.
+        which must hold 0, in bf16 something within 1 % of it.
       - ``same_text``: share of answers whose text is the CPU's; at least ``LEAST_SAME_TEXT`` in fp32.
       - ``keep_fraction``, ``cpu_keep_fraction``: mean share of the visual tokens kept.
       - ``seconds``: from image files to texts. A dtype's first policy on a data set includes the decoding and encoding of the
@@ -81,7 +82,7 @@ class DemoAnswers:
     sets: Mapping[str, Sequence[Question]]
     faults: list[str] = field(default_factory=list)
     seconds_per_row: float = FIRST_SECONDS_PER_ROW
-    """Of the slowest part so far."""
+    """Of the latest part."""
 
     def __post_init__(self) -> None:
         parts = [f"{name}, {dtype}, {policy}" for dtype in DTYPES for name in self.sets for policy in POLICIES]
@@ -102,7 +103,7 @@ class DemoAnswers:
                 if answered is None:
                     return
                 seconds = time.monotonic() - began
-                self.seconds_per_row = max(self.seconds_per_row, seconds / len(questions))
+                self.seconds_per_row = seconds / len(questions)
                 self._keep(name, dtype, policy, compare(questions, answered, policy) | {"seconds": seconds})
 
     def _has_time_for(self, questions: Sequence[Question]) -> bool:
@@ -157,8 +158,9 @@ def compare(questions: Sequence[Question], answered: Sequence[Answered], policy:
 
 
 def faults(part: Result, dtype: str) -> Iterator[str]:
-    """What is wrong with a part, one line each."""
-    if not part["difference_low"] <= 0 <= part["difference_high"]:
+    """What is wrong with a part, one line each. bf16 may cost an answer in a hundred, as it rounds."""
+    margin = BF16_MARGIN if dtype == "bfloat16" else 0.0
+    if part["difference_low"] > margin or part["difference_high"] < -margin:
         yield (
             f"accuracy {part['accuracy']:.2%} differs from the CPU's {part['cpu_accuracy']:.2%} "
             f"(95 % interval of the difference: {100 * part['difference_low']:+.2f} to {100 * part['difference_high']:+.2f})"

@@ -72,13 +72,12 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def allocator(self) -> Result:
-        """What torch's allocator says of the process so far: how often it had to hand memory back before it got more, which
-        fragmentation brings about and which waits for the device, how often there was none, and the most it held."""
+        """Counts of torch's allocator in this process: how often it had to hand memory back before it got more, which
+        fragmentation brings about and which waits for the device, and how often there was none."""
         if self.device.type != "cuda":
             return {}
         said = torch.cuda.memory_stats(self.device)
-        names = {"retries": "num_alloc_retries", "refusals": "num_ooms", "reserved_bytes": "reserved_bytes.all.peak"}
-        return {"allocator": {name: said[key] for name, key in names.items()}}
+        return {name: said.get(key, 0) for name, key in (("retries", "num_alloc_retries"), ("refusals", "num_ooms"))}
 
     def peak_bytes(self) -> int | None:
         """Most memory in use since ``release``; None on a CPU."""

@@ -8,7 +8,8 @@ has: whatever a library or a cache prepares for one image's shapes helps the nex
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 from torch import Tensor
@@ -17,13 +18,13 @@ from benchmarks import workloads
 from benchmarks.gpu.attention import AttentionShapes
 from benchmarks.gpu.bench import Bench, Result
 from benchmarks.gpu.passes import Passes, engine_pass, make_engine, prepare
-from benchmarks.half import find_half
+from benchmarks.half import Half, find_half
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
 from benchmarks.timing import Pass
 from benchmarks.workloads import CAPTION_LENGTHS, CAPTION_PROMPT, Workload
 from trimming import KeepAll, Policy
-from trimming.engine import Engine
+from trimming.engine import Engine, Request
 from trimming.engine.scheduler import out_of_memory
 from trimming.engine.vision import Tower, TowerTiles
 
@@ -33,6 +34,8 @@ SWEEP_SECONDS = 15.0
 """That a trial of one batch size is taken to need."""
 ROUND_SECONDS = 50.0
 """That the first round is taken to need, engines and graphs included."""
+Way = tuple[str, Callable[[], Policy] | None, TowerTiles]
+"""Of the engine: its name, the policy if it is not to keep all features, and the tiles that go through the tower."""
 Inputs = list[Mapping[str, Tensor]]
 """The peer's, of each static batch."""
 
@@ -53,6 +56,7 @@ class Captioning:
         self.peer = Peer(bench.model, bench.processor)
         self.ours = Ours(bench.model, bench.processor, amounts.captions, self.kv_bytes)
         self.passes = Passes(bench, out)
+        self.half: Half | None = None
         self.tokens: dict[str, list[list[int]]] = {}
         """Of the last round."""
 
@@ -70,27 +74,38 @@ class Captioning:
             "sweep": {},
             "contenders": {},
         }
-        batch = self._sweep(first)
-        if not bench.has(ROUND_SECONDS / 2):
-            bench.say("captioning: no time for a round")
-            return
-        bench.release()
-        half = find_half(self.ours, first.first(HALF_ROWS))
-        out |= {"k_ratio": half.k_ratio, "peer_batch": batch}
+        batch = out["peer_batch"] = self._sweep(first)
         longest = ROUND_SECONDS
         for number in range(bench.amounts.rounds):
-            if number and not bench.has(longest):
+            if not bench.has(longest if number else longest / 2):
                 bench.say(f"captioning: no time for round {number + 1}")
                 break
             began = time.monotonic()
-            load = self.load(1 + number)
-            ways = [partial(self._engines, load, half.policy), partial(self._peer, load, batch)]
-            # Every other round goes backwards: a drift of the machine's speed hits both sides alike.
-            for way in ways[:: -1 if number % 2 else 1]:
-                way(first=not number)
-            self._compare()
+            self._round(self.load(1 + number), batch, number)
             longest = time.monotonic() - began
             bench.save()
+
+    def _round(self, load: Workload, batch: int | None, number: int) -> None:
+        """A pass of each. The two that the goal is about come first: the section may be cut off."""
+        began = time.perf_counter()
+        requests = prepare(self.ours, load)
+        self.out.setdefault("engine_preparing_seconds", time.perf_counter() - began)
+        ways: list[Callable[[], None]] = [
+            partial(self._engine, load, requests, [(FULL, None, "all")]),
+            partial(self._peer, load, batch),
+            partial(self._engine, load, requests, [(TRIMMED, self._half, "all"), (REAL, None, "real")]),
+        ]
+        # Every other round goes backwards: a drift of the machine's speed hits all alike.
+        for way in ways[:: -1 if number % 2 else 1]:
+            way()
+        self._compare()
+
+    def _half(self) -> Policy:
+        """The policy that keeps half of such images' features, found once."""
+        if self.half is None:
+            self.half = find_half(self.ours, self.load(0).first(HALF_ROWS))
+            self.out["k_ratio"] = self.half.k_ratio
+        return self.half.policy
 
     # ---- the peer -----------------------------------------------------------------------------------------------------------
 
@@ -117,14 +132,13 @@ class Captioning:
             bench.save()
         return min(best, key=lambda size: best[size]) if best else None
 
-    def _peer(self, load: Workload, size: int | None, first: bool) -> None:
+    def _peer(self, load: Workload, size: int | None) -> None:
         """A pass at the best batch size."""
         if size is None:
             return
         began = time.perf_counter()
         inputs = self._inputs(load, size)
-        if first:
-            self.out["peer_preparing_seconds"] = time.perf_counter() - began
+        self.out.setdefault("peer_preparing_seconds", time.perf_counter() - began)
         self.bench.release()
         done = self._attempt(load, inputs)
         if done is None:
@@ -163,37 +177,30 @@ class Captioning:
 
     # ---- the engine ---------------------------------------------------------------------------------------------------------
 
-    def _engines(self, load: Workload, half: Policy, first: bool) -> None:
+    def _engine(self, load: Workload, requests: Sequence[Request], ways: Sequence[Way]) -> None:
         """A pass of each of the engine's ways. The engine goes afterwards: the peer gets all of the memory."""
         bench = self.bench
-        began = time.perf_counter()
-        requests = prepare(self.ours, load)
-        if first:
-            self.out["engine_preparing_seconds"] = time.perf_counter() - began
+        policies = [KeepAll() if policy is None else policy() for _, policy, _ in ways]
         bench.release()
         engine = make_engine(bench, self.ours, KeepAll())
-        if first:
-            self._count_shapes(engine, half)
-        ways: list[tuple[str, Policy, TowerTiles]] = [
-            (FULL, KeepAll(), "all"),
-            (TRIMMED, half, "all"),
-            (REAL, KeepAll(), "real"),
-        ]
-        for name, policy, tiles in ways:
+        self._warm(engine, policies[0])
+        for (name, _, tiles), policy in zip(ways, policies, strict=True):
             engine.use(policy)
             engine.tower = Tower(bench.model, self.ours.normalise, tiles)
             done = engine_pass(bench, engine, requests)
             self.tokens[name] = done.tokens
             self.passes.add(name, done, len(load.images))
 
-    def _count_shapes(self, engine: Engine, half: Policy) -> None:
-        """Attention calls of a pass of other images, and how many shapes they have. Warms libraries up as well."""
+    def _warm(self, engine: Engine, policy: Policy) -> None:
+        """A pass of other images, which warms libraries up. The first with a policy counts its attention calls and their
+        shapes."""
         requests = prepare(self.ours, self.load(0).first(HALF_ROWS))
-        self.out["attention"] = counted = {"rows": len(requests)}
-        for name, policy in (("full", KeepAll()), ("trimmed", half)):
-            engine.use(policy)
-            with AttentionShapes() as shapes:
-                engine_pass(self.bench, engine, requests)
+        counted = self.out.setdefault("attention", {"rows": len(requests)})
+        name = "full" if policy == KeepAll() else "trimmed"
+        engine.use(policy)
+        with nullcontext() if f"{name}_calls" in counted else AttentionShapes() as shapes:
+            engine_pass(self.bench, engine, requests)
+        if shapes is not None:
             counted |= {f"{name}_calls": shapes.calls, f"{name}_shapes": len(shapes.shapes)}
 
     # ---- both ---------------------------------------------------------------------------------------------------------------

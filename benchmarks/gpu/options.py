@@ -59,6 +59,7 @@ def parse(description: str, arguments: Sequence[str] | None) -> Options:
             options.seconds[name] = float(seconds or SECTIONS[name])
     try:
         options.store = store = Store(options.output)
+        store.cut_off()
     except ValueError as error:
         parser.error(str(error))
     rehearsal = options.size == "tiny"

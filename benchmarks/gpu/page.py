@@ -70,9 +70,7 @@ def _ends(sections: Result, conditions: Result) -> list[str]:
             notes.append(f"on {_machine(part['conditions'])}")
         if "allocator" in part:
             one = part["allocator"]
-            notes.append(
-                f"allocator: {one['retries']} retries, {one['refusals']} refusals, {one['reserved_bytes'] / 1e9:.1f} GB at most"
-            )
+            notes.append(f"allocator: {one['retries']} retries, {one['refusals']} refusals")
         took = f"{part['took']:.0f}" if "took" in part else ""
         lines.append(row([name, part["status"], took, "; ".join(notes).replace("\n", " ").replace("|", "\\|")]))
     traces = [
@@ -168,8 +166,8 @@ def _tower(part: Result) -> list[str]:
         lines += ["", *_head(heads)]
         for name, one in part["attention"].items():
             keys = ("tower", "tower_first", "prefill_new", "prefill_known")
-            cells = [one["error"], "", "", ""] if "error" in one else [_ms(one[key]) for key in keys]
-            lines.append(row([name, *cells]))
+            cells = [_ms(one[key]) if key in one else one.get("error", "") for key in keys]
+            lines.append(row([name, *(cell.replace("|", "\\|") for cell in cells)]))
     return lines
 
 
@@ -248,7 +246,7 @@ def _decode(part: Result) -> list[str]:
         ]
         if graphs:
             notes.append(f"- Device memory that the first step took, {policy}: {', '.join(graphs)}.")
-    return [*lines, "", *notes, *_profile(part, "the largest step with all features")]
+    return [*lines, "", *notes, *_profile(part, "the largest step with a quarter of the features")]
 
 
 def _captioning(part: Result) -> list[str]:
@@ -277,11 +275,12 @@ def _captioning(part: Result) -> list[str]:
         lines.append(
             f"- Trimmed: K = {part['k_ratio']:g}, at which half of these images' features stay. Real tiles: approximate."
         )
-    if "attention" in part:
+    if "trimmed_calls" in part.get("attention", {}):
         one = part["attention"]
         lines.append(
-            f"- Calls to torch's attention in a pass of {one['rows']} rows: {one['full_calls']:,} of {one['full_shapes']} "
-            f"shapes with all features, {one['trimmed_calls']:,} of {one['trimmed_shapes']} trimmed."
+            f"- Calls to torch's attention by tower and prefill (on a CPU by decoding too) in a pass of {one['rows']} rows: "
+            f"{one['full_calls']:,} of {one['full_shapes']} shapes with all features, {one['trimmed_calls']:,} of "
+            f"{one['trimmed_shapes']} trimmed."
         )
     if "same" in part:
         same = part["same"]

@@ -53,13 +53,13 @@ def measure_prefill(bench: Bench, out: Result) -> None:
                 if not bench.has(BATCH_SECONDS):
                     bench.say(f"prefill: {name}, batch {batch}: no time")
                     break
-                prefills = Prefills(bench, engine, features[:batch])
-                part["batches"][str(batch)] = one = prefills.measure()
+                part["batches"][str(batch)] = one = Prefills(bench, engine, features[:batch]).measure()
                 bench.say(f"prefill: {name}, batch {batch}: {one['seconds'] * 1e3:.1f} ms")
                 bench.save()
             if name == "full" and bench.has(PROFILE_SECONDS):
                 out["profile"] = longest_kernels(bench.device, Prefills(bench, engine, features))
                 bench.save()
+            # Its memory is the next one's.
             del engine
         if bench.has(PROFILE_SECONDS):
             out["farthest_points"] = _farthest(bench, features[0])

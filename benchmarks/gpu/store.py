@@ -18,8 +18,8 @@ class Store:
     """The results in a folder, read if they are there, written whole at every ``save``.
 
     Attributes:
-        sections: by name, each with its ``status`` (``running``, ``done``, ``failed``, ``timed out``, ``killed``), its
-            ``conditions`` (where it ran, on which commit) and figures.
+        sections: by name, each with its ``status`` (``loading`` the model, ``running``, ``done``, ``failed``, ``timed out``,
+            ``killed``, ``cut off``), its ``conditions`` (where it ran, on which commit) and figures.
         conditions: of the latest start.
         rehearsal: whether a tiny model ran, which measures nothing.
     """
@@ -50,6 +50,12 @@ class Store:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file} holds no results of the GPU kit ({error!r}): move it away") from None
 
+    def cut_off(self) -> None:
+        """Marks what an earlier program was in the midst of when it was ended."""
+        for section in self.sections.values():
+            if section["status"] in ("loading", "running"):
+                section["status"] = "cut off"
+
     def missing(self) -> list[str]:
         """Sections that are not done, in order."""
         return [name for name in SECTIONS if self.sections.get(name, {}).get("status") != "done"]
@@ -77,9 +83,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Five significant digits."""
+    """Five significant digits; of a point in time all."""
     if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
+        return {name: part if name == "began" else _rounded(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_rounded(part) for part in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -240,6 +240,6 @@ def _compare(found: Sequence[Completion], wanted: Sequence[Completion], margin: 
         faults.append(f"{share:.1%} of the kept positions are the CPU's, under {LEAST_KEPT:.0%}")
     if counts:
         faults.append(f"{counts} of {len(found)} rows keep another number of features than on the CPU")
-    if tokens - min(excused, 1):
+    if tokens > excused:
         faults.append(f"{tokens} of {len(found)} rows say other tokens than on the CPU")
     return part, faults
