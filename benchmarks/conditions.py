@@ -23,7 +23,7 @@ def commit() -> str:
     if head == "unknown":
         return os.environ.get("COMMIT", head)
     # A benchmark's own results are no change of what it measures.
-    changed = _git("status", "--porcelain", "--", ".", ":!*/results")
+    changed = _git("status", "--porcelain", "--", ".", ":!*/results/*")
     return f"{head} and uncommitted changes" if changed else head
 
 
