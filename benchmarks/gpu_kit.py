@@ -103,10 +103,11 @@ def _watch(options: Options, command: Sequence[str], started: float, end: float)
         said.join(5)
     store = Store(folder)
     for section in store.sections.values():
-        if section["status"] == "running" and section["began"] >= started:
+        if section["status"] in ("loading", "running") and section.get("began", started) >= started:
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             section |= {"status": "timed out" if why else "killed", "error": why or f"its process ended with {ended}"}
-            section["took"] = time.time() - section["began"]
+            if "began" in section:
+                section["took"] = time.time() - section["began"]
             store.save()
     return code
 

@@ -212,7 +212,7 @@ def test_visual_tokens_count_in_a_prefill(monkeypatch: pytest.MonkeyPatch) -> No
         (ValueError("CUDA error: out of memory"), False),
     ],
 )
-def test_what_is_a_want_of_memory(error: Exception, is_one: bool) -> None:
+def test_what_counts_as_out_of_memory(error: Exception, is_one: bool) -> None:
     assert out_of_memory(error) == is_one
 
 
@@ -305,7 +305,9 @@ def test_slots_are_resized_in_pieces(old: int, new: int, moved: int, monkeypatch
     assert largest.elements <= max(moved, 2 * common * 4)
 
 
-def test_want_of_memory_while_slots_are_resized_is_a_prefills(rows: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_slots_are_resized_is_handled_as_a_prefills(
+    rows: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = tokens(finish(make_engine(POLICY), rows))
     engine = make_engine(POLICY)
     resize = Tight(engine.decode.resize, lambda capacity: resize.refused < 1 and capacity > 0)
@@ -314,7 +316,7 @@ def test_want_of_memory_while_slots_are_resized_is_a_prefills(rows: list[Request
     assert resize.refused == 1
 
 
-def test_want_of_memory_behind_the_tower_is_the_towers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_behind_the_tower_is_handled_as_the_towers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image of a batch is copied out of it; none is lost where that fails."""
     rows = requests_of([Row((2,))] * 4)
     wanted = tokens(finish(make_engine(POLICY), rows))

@@ -226,5 +226,5 @@ def test_a_file_of_another_form_is_refused_in_one_line(
     assert printed.out == ""
     assert printed.err.startswith(f"python -m jobs.estimate: {tmp_path / 'gpu.json'} is no result of the GPU benchmark: ")
     assert said in printed.err
-    assert printed.err.endswith("; run make bench-gpu, or remove it\n")
+    assert printed.err.endswith("; run make gpu-kit, or remove it\n")
     assert printed.err.count("\n") == 1

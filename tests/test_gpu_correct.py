@@ -33,8 +33,6 @@ from trimming.engine.sequence import Sequence_
 from trimming.policies.policy import KeepShare
 
 ROOT = Path(__file__).resolve().parent.parent
-MISSING = ("ray", "s3fs", "jsonargparse", "tenacity", "rapidfuzz", "moto", "duckdb", "datasets", "easy_vqa")
-"""Packages that a lent GPU machine lacks."""
 
 
 @pytest.fixture

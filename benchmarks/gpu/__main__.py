@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.gpu.amounts import TINY_GPU, GpuAmounts
 from benchmarks.gpu.options import parse
-from benchmarks.gpu.store import Result, Store
+from benchmarks.gpu.results import Result
+from benchmarks.gpu.store import Store
 
 if TYPE_CHECKING:
     from benchmarks.gpu.bench import Bench
@@ -101,19 +102,11 @@ def run(name: str, bench: Bench, store: Store, here: Result, seconds: float, end
 def add_model(bench: Bench, conditions: Result) -> None:
     """Makes the large model, and the rates if nobody has, and tells of them."""
     from benchmarks.gpu.conditions import model_of
+    from benchmarks.gpu.roofline import rates_of
 
     made = model_of(bench)
     conditions |= {"model": made, "rates": rates_of(bench)}
     bench.say(f"the model is there: {made['parameters'] / 1e9:.4g} G parameters")
-
-
-def rates_of(bench: Bench) -> Result:
-    return {
-        "matmul_operations_per_second": bench.rates.matmul,
-        "copy_bytes_per_second": bench.rates.copy,
-        "matmul_side": bench.amounts.matmul,
-        "copied_bytes": bench.amounts.copy_bytes,
-    }
 
 
 if __name__ == "__main__":

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 
 from benchmarks.gpu.answer_inputs import MODEL, POLICIES, Question, read
-from benchmarks.gpu.bench import Bench, Result, SectionError
+from benchmarks.gpu.bench import Bench, Result, SectionError, without_tf32
 from demo.answerer import Answered, Answerer
 from jobs.comparison.bootstrap import Clusters, score
 from pipeline.engine import Engine
@@ -60,17 +58,6 @@ def measure_answers(bench: Bench, out: Result) -> None:
     bench.save()
     if answers.faults:
         raise SectionError("; ".join(answers.faults))
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Turns TF32 off for convolutions, where torch allows it by default: the patch embedding is one."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @dataclass

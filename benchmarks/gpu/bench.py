@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
 from benchmarks.gpu.amounts import GpuAmounts
 from benchmarks.gpu.model import ELEVEN_B, build_on
+from benchmarks.gpu.results import Result
 from benchmarks.gpu.roofline import Rates, measure_rates
 from benchmarks.model import TINY, ModelSize, build_processor
 from trimming.costs import Costs
 
-Result = dict[str, Any]
-
 
 class SectionError(RuntimeError):
     """What a section found wrong, in one line; everything it measured is in its results."""
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Turns TF32 off for matrix products and for convolutions, where torch allows it by default."""
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
 @dataclass(kw_only=True)
@@ -35,7 +45,7 @@ class Bench:
     """Writes what is measured so far: a section calls it after every figure."""
     say: Callable[[str], object]
     """Takes a line of progress."""
-    deadline: float = field(default=float("inf"))
+    deadline: float = float("inf")
     """``time.monotonic()`` at which the present section has to end."""
 
     @property

@@ -56,6 +56,8 @@ class Captioning:
         self.peer = Peer(bench.model, bench.processor)
         self.ours = Ours(bench.model, bench.processor, amounts.captions, self.kv_bytes)
         self.passes = Passes(bench, out)
+        self.first = self.load(0)
+        """Images of the sweep and of warm-ups, which no timed round has."""
         self.half: Half | None = None
         self.tokens: dict[str, list[list[int]]] = {}
         """Of the last round."""
@@ -65,7 +67,7 @@ class Captioning:
         return workloads.captioning(self.bench.amounts.captions, self.bench.amounts.seed + 1 + number, self.bench.size)
 
     def measure(self) -> None:
-        bench, out, first = self.bench, self.out, self.load(0)
+        bench, out, first = self.bench, self.out, self.first
         out |= {
             "images": len(first.images),
             "tiles": {str(tiles): first.tiles.count(tiles) for tiles in sorted(set(first.tiles))},
@@ -103,7 +105,7 @@ class Captioning:
     def _half(self) -> Policy:
         """The policy that keeps half of such images' features, found once."""
         if self.half is None:
-            self.half = find_half(self.ours, self.load(0).first(HALF_ROWS))
+            self.half = find_half(self.ours, self.first.first(HALF_ROWS))
             self.out["k_ratio"] = self.half.k_ratio
         return self.half.policy
 
@@ -194,7 +196,7 @@ class Captioning:
     def _warm(self, engine: Engine, policy: Policy) -> None:
         """A pass of other images, which warms libraries up. The first with a policy counts its attention calls and their
         shapes."""
-        requests = prepare(self.ours, self.load(0).first(HALF_ROWS))
+        requests = prepare(self.ours, self.first.first(HALF_ROWS))
         counted = self.out.setdefault("attention", {"rows": len(requests)})
         name = "full" if policy == KeepAll() else "trimmed"
         engine.use(policy)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
 
 import torch
 import transformers
 
 from benchmarks.conditions import commit
-from benchmarks.gpu.bench import Bench
-
-Result = dict[str, Any]
+from benchmarks.gpu.bench import Bench, Result
 
 
 def conditions_of(bench: Bench) -> Result:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu.bench import Bench, Result, SectionError
+from benchmarks.gpu.bench import Bench, Result, SectionError, without_tf32
 from benchmarks.gpu.checks.captured import check_captured
 from benchmarks.gpu.checks.gpu_tests import GpuTests
 from benchmarks.gpu.checks.memory import check_out_of_memory
@@ -52,7 +51,7 @@ def measure_correct(bench: Bench, out: Result) -> None:
     names = [*CHECKS, GPU_TESTS]
     out.update(checks={}, not_reached=names)
     subject = Subject(bench)
-    with GpuTests(bench) as tests, exact():
+    with GpuTests(bench) as tests, without_tf32():
         checks = CHECKS | {GPU_TESTS: (1, lambda subject: tests.results())}
         for name in list(names):
             seconds, check = checks[name]
@@ -104,14 +103,3 @@ def works(device: torch.device) -> bool:
         return True
     except RuntimeError:
         return False
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Turns TF32 off, for products and for convolutions, where torch allows it by default: the patch embedding is one."""
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu.amounts import SECTIONS
-from benchmarks.gpu.results import GOAL_BATCH
+from benchmarks.gpu.results import GOAL_BATCH, Result
 from benchmarks.page import row
-
-Result = dict[str, Any]
 
 REHEARSAL = (
     "**This is a rehearsal on a tiny model: it shows that every section runs, and measures nothing.** No figure below says "
@@ -34,18 +32,24 @@ def _conditions(conditions: Result) -> list[str]:
         return []
     lines = [f"- **Machine**: {_machine(conditions)}; greedy; seed {conditions['seed']}."]
     if "model" in conditions:
-        model, rates = conditions["model"], conditions["rates"]
+        model = conditions["model"]
         lines += [
-            f"- **Roofline**: {rates['matmul_operations_per_second'] / 1e12:.4g} TFLOP/s (product of two random bf16 matrices "
-            f"of {rates['matmul_side']} a side) and {rates['copy_bytes_per_second'] / 1e9:.4g} GB/s (device-to-device copy of "
-            f"{rates['copied_bytes'] / 2**30:.2g} GiB, bytes read and written), both measured in this run; operations and "
-            "bytes by `trimming.costs`. Share: the time that the roofline allows over the time taken.",
+            f"- **Roofline**: {_rates(conditions['rates'])}, both measured in this run; operations and bytes by "
+            "`trimming.costs`. Share: the time that the roofline allows over the time taken.",
             f"- **Model**: random {model['dtype']} weights, {model['parameters'] / 1e9:.3g} G parameters: hidden "
             f"{model['hidden']}, {len(model['cross_attention_layers'])} of {model['layers']} layers cross-attending, "
             f"vocabulary {model['vocabulary']:,}; tower of {model['tower_layers']} layers of {model['tower_hidden']}, tiles of "
             f"{model['tile']} pixels, {model['visual_tokens_per_tile']} visual tokens a tile.",
         ]
     return lines
+
+
+def _rates(rates: Result) -> str:
+    return (
+        f"{rates['matmul_operations_per_second'] / 1e12:.4g} TFLOP/s (product of two random bf16 matrices of "
+        f"{rates['matmul_side']} a side) and {rates['copy_bytes_per_second'] / 1e9:.4g} GB/s (device-to-device copy of "
+        f"{rates['copied_bytes'] / 2**30:.2g} GiB, bytes read and written)"
+    )
 
 
 def _machine(at: Result) -> str:
@@ -141,7 +145,7 @@ def _answers(part: Result) -> list[str]:
 
 
 def _roofline(part: Result) -> list[str]:
-    return []
+    return ["## Roofline", "", f"{_rates(part)}."] if "matmul_side" in part else []
 
 
 def _tower(part: Result) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +13,6 @@ from benchmarks.gpu.roofline import each_seconds, measured
 from benchmarks.gpu.tower import PROFILE_SECONDS, random_images
 from benchmarks.half import HALF
 from benchmarks.ours import Ours
-from benchmarks.timing import synchronise
 from pipeline.images import Normaliser
 from trimming import Grid, KeepAll, Policy
 from trimming.costs import Look
@@ -105,7 +103,7 @@ class Prefills:
 
 
 def _farthest(bench: Bench, features: torch.Tensor) -> Result:
-    """Seconds, launches and memory of the greedy choice of one image's features, as ``spread`` and DivPrune make it."""
+    """Seconds and launches of the greedy choice of one image's features, as ``spread`` and DivPrune make it."""
     count = max(2, round(CHOSEN * len(features)))
 
     def choose() -> torch.Tensor:
@@ -113,11 +111,7 @@ def _farthest(bench: Bench, features: torch.Tensor) -> Result:
 
     bench.release()
     choose()
-    synchronise(bench.device)
-    began = time.perf_counter()
-    choose()
-    synchronise(bench.device)
-    seconds = time.perf_counter() - began
+    (seconds,) = each_seconds(bench.device, choose, 1)
     kernels = longest_kernels(bench.device, choose)["kernels"]
     bench.say(f"prefill: choosing {count} of {len(features)} features by distance: {seconds * 1e3:.1f} ms, {kernels} launches")
     return {"features": len(features), "chosen": count, "seconds": seconds, "launches": kernels}

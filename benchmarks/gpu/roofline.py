@@ -40,9 +40,19 @@ class Rates:
 
 def measure_roofline(bench: Bench, out: dict[str, Any]) -> None:
     """Fills ``out`` with both rates."""
+    out |= rates_of(bench)
     rates = bench.rates
-    out |= {"matmul_operations_per_second": rates.matmul, "copy_bytes_per_second": rates.copy}
     bench.say(f"roofline: {rates.matmul / 1e12:.4g} TFLOP/s and {rates.copy / 1e9:.4g} GB/s")
+
+
+def rates_of(bench: Bench) -> dict[str, Any]:
+    """Both rates, and what they were measured with."""
+    return {
+        "matmul_operations_per_second": bench.rates.matmul,
+        "copy_bytes_per_second": bench.rates.copy,
+        "matmul_side": bench.amounts.matmul,
+        "copied_bytes": bench.amounts.copy_bytes,
+    }
 
 
 def measured(calls: Sequence[Cost], seconds: Sequence[float], rates: Rates) -> dict[str, Any]:

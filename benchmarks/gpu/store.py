@@ -9,9 +9,7 @@ from typing import Any
 
 from benchmarks.gpu.amounts import SECTIONS
 from benchmarks.gpu.page import markdown
-from benchmarks.gpu.results import GOALS, ratios
-
-Result = dict[str, Any]
+from benchmarks.gpu.results import GOALS, Result, ratios
 
 
 class Store:

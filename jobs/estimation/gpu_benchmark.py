@@ -50,7 +50,7 @@ def read() -> GpuBenchmark | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{RESULTS} is no result of the GPU benchmark: {error}; run make bench-gpu, or remove it") from None
+        raise ValueError(f"{RESULTS} is no result of the GPU benchmark: {error}; run make gpu-kit, or remove it") from None
 
 
 def _benchmark(found: Object) -> GpuBenchmark:

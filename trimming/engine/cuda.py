@@ -151,7 +151,7 @@ class GraphDecode(Decode):
             self.channels[:, rows] = together.unflatten(0, (len(seeing), -1)).transpose(0, 1)
 
     def _capture(self, bucket: int) -> None:
-        """Makes the step of this batch size a graph. Where that fails, for want of memory say, it stays uncaptured."""
+        """Captures the step of this batch size. Where that fails, out of memory for example, it stays uncaptured."""
         # Once plainly, since a first call compiles and allocates; the keys and values it writes are written again.
         place = self.place.clone()
         self._forward(bucket)
@@ -159,7 +159,7 @@ class GraphDecode(Decode):
         try:
             self.replays[bucket] = self._record(lambda: self._forward(bucket))
         except RuntimeError as error:
-            # A capture that breaks off says many things for one reason, and what it was given is as it was before.
+            # One cause raises many different messages in a capture, and none of them has changed the step's inputs.
             self.uncaptured.add(bucket)
             logger.warning(f"decode steps of {bucket} rows run without a CUDA graph: {str(error).partition(chr(10))[0]}")
 

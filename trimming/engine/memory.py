@@ -121,7 +121,7 @@ class Memory:
 
     def _move_slots(self, capacity: int) -> None:
         """Each slot to where it begins with this capacity, in pieces of whole layers by way of one buffer: nothing else is
-        allocated, so that want of memory shows before anything has moved."""
+        allocated, so that running out of memory shows before anything has moved."""
         old, new, common = self.slot_elements, self.slot_elements_for(capacity), min(capacity, self.capacity)
         layer = self.slot_elements_for(common) // (2 * self.geometry.self_layers)
         halves = 2 * self.geometry.self_layers

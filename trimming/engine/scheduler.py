@@ -43,7 +43,7 @@ PREFILL_VISUAL_TOKENS = 1 << 16
 """Prompts, their tokens, and the visual tokens of their images, that are prefilled at once, at most: ten images of four tiles,
 or twenty of two. A longer one goes alone."""
 DECODE_PATIENCE = 1024
-"""Decode steps before a lowered number of sequences is raised: those that are sent back are begun anew, which is dear."""
+"""Decode steps before a lowered number of sequences is raised: preempted sequences start over, which is expensive."""
 SLOT_GRAIN = 32
 """Slots have room for a multiple of this many tokens."""
 
@@ -686,7 +686,7 @@ def _decode_for(model: MllamaForConditionalGeneration, memory: Memory | ShardedM
     return GraphDecode(model, memory, rotary, most)
 
 
-_SAID_WITHOUT_MEMORY = (
+_OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -696,10 +696,10 @@ _SAID_WITHOUT_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a want of memory: of torch's allocator on a device, of what allocates beside it (the driver, its
-    libraries, Triton), or of the CPU's."""
+    """Whether ``error`` means out of memory: from torch's allocator on a device, from what allocates beside it (the driver, its
+    libraries, Triton), or from the CPU's allocator."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID_WITHOUT_MEMORY)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
     )
 
 
