@@ -15,6 +15,7 @@ from trimming import KeepAll, Policy, ThinK, TrimmedLlama, ZipVL
 from trimming.engine import Engine, Image, Request, scheduler
 from trimming.engine.cuda import GraphDecode, buckets
 from trimming.engine.decode import Decode
+from trimming.engine.memory import Memory
 
 BATCH = [*BATCHES["mixed tiles"], *BATCHES["text-only among images"], *BATCHES["several images"]]
 
@@ -76,6 +77,26 @@ def test_buckets_reach_the_most() -> None:
 def test_graphs_say_what_the_cpu_does(policy: Policy) -> None:
     # The engine chooses graphs by itself there.
     assert answers(policy, None, "cuda") == answers(policy, Decode)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_slots_and_segments_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third slot begins there, and segments lie behind it: what is written is what is read, by kernels of every kind."""
+    options = {"normalise": lambda pixels: pixels.to("cuda"), "eos": (), "max_sequences": 3}
+    inputs = make_inputs(BATCHES["mixed tiles"][:3])
+    requests = []
+    for i in range(3):
+        tokens = inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist()
+        (tiles,) = BATCHES["mixed tiles"][i].tiles
+        picture = Image(str(i), inputs["pixel_values"][i, 0, :tiles], RATIO_OF_TILES[tiles])
+        requests.append(Request(id=str(i), tokens=tokens, images=[picture], max_new_tokens=40 - len(tokens)))
+    model = tiny_model().to("cuda")
+    wanted = [c.tokens for c in Engine(model, TrimmedLlama(0.2), kv_bytes=1 << 22, **options).generate(requests)]
+    monkeypatch.setattr(Memory, "slot_elements_for", lambda memory, capacity: 2**30)
+    engine = Engine(model, TrimmedLlama(0.2), kv_bytes=4 * (3 * 2**30 + 2**20), **options)
+    assert [c.tokens for c in engine.generate(requests)] == wanted
+    assert engine.statistics.peak_sequences == 3
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Watch
 from test_engine_triton_attention import reference
 from tiny import BATCHES, Prompt, Row, complete, drain, lively_model, make_engine, make_prompts, record_logits
 from torch import Tensor
@@ -174,6 +175,27 @@ def test_a_captured_step_waits_for_nothing() -> None:
     decode._forward = lambda bucket: (decode.place.sum().item(), forward(bucket))[1]  # type: ignore[method-assign, func-returns-value]
     complete(engine, [p.request("0", 4) for p in make_prompts([Row((2,))])])
     assert (decode.uncaptured, decode.replays) == ({1}, {})
+
+
+@pytest.mark.parametrize("policy", [KeepAll(), SnapKV(0.3)], ids=repr)
+def test_where_everything_lies_is_one_copy_to_the_device(policy: Policy) -> None:
+    """Whenever a row joins or leaves, which is at nearly every step of a large batch."""
+    engine, decode = make_recorded(policy, max_sequences=5)
+    copies: list[list[Tensor]] = []
+    upload = decode._upload
+
+    def watched() -> None:
+        copies.append([])
+        with Watch(lambda func, args, out: copies[-1].append(args[0]) if func is torch.ops.aten.copy_.default else None):
+            upload()
+
+    decode._upload = watched  # type: ignore[method-assign]
+    run(engine, waves(make_prompts(ROWS)))
+    assert len(copies) > 5
+    # Others are within the host's own table.
+    assert [sum(t.data_ptr() == decode.table.data_ptr() for t in each) for each in copies] == [1] * len(copies)
+    buffers = [decode.place, decode.alive, decode.self_start, decode.self_stride, decode.cross]
+    assert {t.untyped_storage().data_ptr() for t in buffers} == {decode.table.untyped_storage().data_ptr()}
 
 
 def test_the_rotary_tables_are_whole_from_the_start_and_stay_where_they_are() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Largest, Watch
 from tiny import Row, complete, finish, lively_model, make_engine, make_prompts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimming import KeepAll, Policy, SnapKV, TrimmedLlama
+from trimming import DivPrune, ElasticCache, KeepAll, Policy, TrimmedLlama
 from trimming.costs import Costs, Geometry
 from trimming.engine import Completion, Engine, Image, Request
 from trimming.engine.limits import Limit
@@ -22,7 +22,7 @@ from trimming.engine.memory import Memory
 from trimming.engine.scheduler import PREFILL_VISUAL_TOKENS, activation_bytes, out_of_memory
 from trimming.engine.sequence import Encoded
 from trimming.engine.vision import _patches
-from trimming.selection import cosine_distances, farthest_points
+from trimming.selection import farthest_points, unit_rows
 
 POLICY = TrimmedLlama(0.2)
 
@@ -232,7 +232,7 @@ def peak_of(run: Callable[[], object]) -> int:
     return most
 
 
-@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(0.25), SnapKV(0.5)], ids=repr)
+@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(0.25), DivPrune(0.5), ElasticCache(0.5)], ids=repr)
 def test_stages_take_no_more_than_is_set_aside(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of memory beside weights, keys and values; nor is several times as much set aside as they take."""
     from benchmarks.model import BENCH, build_model, build_processor
@@ -269,20 +269,6 @@ def test_what_is_set_aside_for_the_11b() -> None:
 
 
 # ---- what allocates beside the stages ---------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any one operation has made, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not func.is_view and not func._schema.is_mutable:
-            self.elements = max(self.elements, out.numel())
-        return out
 
 
 @pytest.mark.parametrize(("old", "new"), [(32, 96), (96, 32), (64, 65)])
@@ -349,20 +335,17 @@ def test_what_waits_encoded_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choosing_by_distance_waits_for_nothing() -> None:
     """An assignment of a Python number by index would send it to the device and wait, once for each point."""
 
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            assert func is not torch.ops.aten._local_scalar_dense.default
-            assert "index_put" not in str(func) or args[2].dim(), f"{func} is given a number"
-            return func(*args, **(kwargs or {}))
+    def see(func: Any, args: Sequence[Any], out: Any) -> None:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        assert "index_put" not in str(func) or args[2].dim(), f"{func} is given a number"
 
-    distances = cosine_distances(torch.randn(30, 4))
-    with Waits():
-        chosen = farthest_points(distances, 7, 0)
+    unit = unit_rows(torch.randn(30, 4))
+    with Watch(see):
+        chosen = farthest_points(unit, 7, 0)
     assert len(set(chosen.tolist())) == 7
 
 
+@torch.inference_mode()
 def test_patches_are_the_convolutions() -> None:
     vision: Any = lively_model().model.vision_model
     pixels = torch.randn(5, 3, 42, 42)

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from trimming import Grid, KeepAll, Policy, Random, Rows, TrimmedLlama, trim
 from trimming.engine import Engine, prefill, scheduler
-from trimming.engine.layers import attend
+from trimming.engine.layers import attend, self_attend
 from trimming.engine.sequence import Encoded, Sequence_, Span, image_spans
 
 POLICIES = [KeepAll(), TrimmedLlama(0.2), Random(0.4), Grid(0.5)]
@@ -223,6 +223,45 @@ def test_attending_and_scoring_in_chunks(rows: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(scores, weights.sum(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attend(query, key, value, 0.3), wanted, atol=1e-5, rtol=1e-5)
     assert scores.dtype == torch.float32
+
+
+def test_scores_in_bf16_are_rounded_once() -> None:
+    """Of products that are rounded already, scaling rounds nothing more: a second time would move what is scored against what
+    decoding attends to."""
+    torch.manual_seed(0)
+    query, key = (3 * torch.randn(40, 1, 24)).bfloat16(), (3 * torch.randn(1, 60, 24)).bfloat16()
+    scaling = 24**-0.5
+    _, scores = prefill._attend_and_score(query, key, key, scaling)
+    exact = (query[:, 0].double() @ key[0].T.double() * scaling).softmax(-1).sum(0)
+    twice = (query[:, 0] @ key[0].T * scaling).float().softmax(-1).sum(0)
+    error, of_twice = ((found.flatten() - exact).square().mean().sqrt() for found in (scores, twice))
+    assert error < 0.85 * of_twice
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prompts_attend_alike_with_and_without_grouped_heads(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (torch.randn(9, heads, 8) for heads in (6, 2, 2))
+    query = query if causal else query[-1:]
+    wanted = self_attend(query, key, value, 0.3, causal)
+    monkeypatch.setattr("trimming.engine.layers._grouping_is_slow", lambda key: True)
+    torch.testing.assert_close(self_attend(query, key, value, 0.3, causal), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_prompts_mlps_take_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    (prompt,) = make_prompts([Row((2,), after=70)])
+    wanted = complete(make_engine(), [prompt.request("0", 5)])[0]
+    monkeypatch.setattr("trimming.engine.layers.MLP_ROWS", 16)
+    engine = make_engine()
+    rows: list[int] = []
+    for layer in engine.prefill.text.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    try:
+        found = complete(engine, [prompt.request("0", 5)])[0]
+    finally:
+        for layer in engine.prefill.text.layers:
+            layer.mlp._forward_pre_hooks.clear()
+    assert max(rows) == 16
+    assert found.tokens == wanted.tokens
 
 
 @pytest.mark.parametrize("rows", ["meta", "transformers"])

@@ -353,6 +353,40 @@ def test_a_stop_string_within_a_tokens_text(prompt: Prompt, plain: list[int]) ->
     assert found.output_tokens == first + 1
 
 
+def test_a_stop_string_across_bytes_of_characters(prompt: Prompt, plain: list[int]) -> None:
+    """Tokens that are bytes, as a tokenizer has them for rare characters; among them one that says nothing."""
+    start = next(i for i in range(1, 9) if len({*plain[i : i + 4]} - {*plain[:i]}) == 4)
+    pieces = dict(zip(plain[start : start + 4], (b"\xc3", b"\xa9", b"", b"!"), strict=True))
+    engine = make_engine(
+        detokenize=lambda tokens: b"".join(pieces.get(token, b"-") for token in tokens).decode(errors="replace")
+    )
+    (found,) = complete(engine, [prompt.request("0", 12, stop=["é!"])])
+    assert (found.text, found.finish_reason, found.output_tokens) == ("-" * start, "stop", start + 4)
+
+
+def test_stop_strings_are_looked_for_in_the_last_tokens_alone(prompt: Prompt) -> None:
+    """Reading all of the answer at every step would take time by the square of its length."""
+    read: list[int] = []
+
+    def detokenize(tokens: Sequence[int]) -> str:
+        read.append(len(tokens))
+        return spell(tokens)
+
+    (found,) = complete(make_engine(detokenize=detokenize), [prompt.request("0", 60, stop=["@@@"])])
+    assert found.output_tokens == 60
+    assert read == [*range(1, 12), *[11] * 49, 60]
+
+
+def test_a_stop_string_that_its_last_tokens_do_not_show_is_cut_off_all_the_same(prompt: Prompt, plain: list[int]) -> None:
+    """More tokens without text than are reckoned with: it is found when the answer ends."""
+    shown = {0: "<", 11: ">"}
+    (found,) = complete(
+        make_engine(detokenize=lambda tokens: "".join(shown.get(i, "") for i in range(len(tokens)))),
+        [prompt.request("0", 12, stop=["<>"])],
+    )
+    assert (found.text, found.finish_reason, found.tokens) == ("", "stop", plain)
+
+
 def test_stop_strings_are_a_rows_own(prompt: Prompt, plain: list[int]) -> None:
     stop = [spell(plain[2:4])]
     engine = make_engine(detokenize=spell)

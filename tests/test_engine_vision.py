@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Watch
 from tiny import (
     IMAGE,
     RATIO_OF_TILES,
@@ -26,7 +27,6 @@ from tiny import (
 )
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trimming import Grid, KeepAll, Policy, Random, Rows, TrimmedLlama
@@ -110,17 +110,9 @@ def test_rows_that_look_at_padding_refuse_a_tower_without() -> None:
         make_engine(rows="transformers", tower_tiles="real")
 
 
-class _Shapes(TorchDispatchMode):
+def _noting(shapes: set[tuple[int, ...]]) -> Watch:
     """Notes the shapes of everything that is made, masks that an operator builds inside too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
-        return out
+    return Watch(lambda func, args, out: shapes.update(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)))
 
 
 @pytest.mark.parametrize("keep_padding", [False, True], ids=["real", "with-padding"])
@@ -135,17 +127,19 @@ def test_the_tower_makes_no_mask(tiles: int, keep_padding: bool, monkeypatch: py
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     images = make_images(tiles, 3)
-    with torch.inference_mode(), _Shapes() as shapes:
+    shapes: set[tuple[int, ...]] = set()
+    models_shapes: set[tuple[int, ...]] = set()
+    with torch.inference_mode(), _noting(shapes):
         make_tower(keep_padding=keep_padding).encode(images)
     assert masks
     assert all(mask is None for mask in masks)
-    with torch.inference_mode(), _Shapes() as models_shapes:
+    with torch.inference_mode(), _noting(models_shapes):
         models_features(images)
     square = (TILES * -(-TOKENS // 8) * 8,) * 2
-    assert square in {shape[-2:] for shape in models_shapes.seen if len(shape) > 2}
-    assert square not in {shape[-2:] for shape in shapes.seen if len(shape) > 2}
+    assert square in {shape[-2:] for shape in models_shapes if len(shape) > 2}
+    assert square not in {shape[-2:] for shape in shapes if len(shape) > 2}
     # Of no other size either, such as without each tile's fill.
-    assert not [shape for shape in shapes.seen if len(shape) == 4 and shape[-2] == shape[-1] > TOKENS and shape[1] != 3]
+    assert not [shape for shape in shapes if len(shape) == 4 and shape[-2] == shape[-1] > TOKENS and shape[1] != 3]
 
 
 # ---- one image, many questions ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Largest, Watch
 
 from trimming import (
     DivPrune,
@@ -24,7 +25,7 @@ from trimming import (
     WeightedFarthest,
     ZipVL,
 )
-from trimming.selection import cosine_distances, farthest_points, merged
+from trimming.selection import farthest_points, merged, nearest_distances, unit_rows
 
 IMAGES, TILES, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 3, 10, 4, 2, 6
 ONE_IMAGE = TILES * TOKENS
@@ -274,15 +275,59 @@ def test_merged_rows_are_means(seed: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[row], torch.tensor(wanted).to(dtype))
 
 
+def test_merging_adds_nothing_atomically() -> None:
+    """Atomic additions of floats come in another order on every run on CUDA; of whole numbers that makes no difference."""
+
+    def see(func: Any, args: Sequence[Any], out: Any) -> None:
+        if any(name in str(func) for name in ("index_add", "scatter_add", "index_reduce", "scatter_reduce", "index_put")):
+            assert not out.is_floating_point(), func
+
+    targets, keep = torch.tensor([-1, 0, 0, -1, 3]), torch.tensor([True, False, False, True, False])
+    with Watch(see):
+        found = merged(torch.tensor([[1.0], [2], [6], [5], [7]]), targets, keep)
+    assert found.tolist() == [[3], [2], [6], [6], [7]]
+
+
 def test_farthest_points_take_what_is_left_once_all_lies_on_the_chosen() -> None:
     """Duplicates come last and from the lowest; a weight of zero comes after any other."""
-    features = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0], [-1, 0]])
-    distances = cosine_distances(features)
-    assert distances.tolist() == [[0, 0, 1, 0, 2], [0, 0, 1, 0, 2], [1, 1, 0, 1, 1], [0, 0, 1, 0, 2], [2, 2, 1, 2, 0]]
-    assert farthest_points(distances, 5, 1).tolist() == [1, 4, 2, 0, 3]
-    assert farthest_points(distances, 3, 1, torch.tensor([1.0, 1, 1, 1, 0])).tolist() == [1, 2, 0]
-    assert farthest_points(distances, 1, 2).tolist() == [2]
-    assert cosine_distances(torch.randn(50, 4).repeat(2, 1)).min() == 0
+    unit = unit_rows(torch.tensor([[1.0, 0], [3, 0], [0, 1], [1, 0], [-2, 0]]))
+    assert farthest_points(unit, 5, 1).tolist() == [1, 4, 2, 0, 3]
+    assert farthest_points(unit, 3, 1, torch.tensor([1.0, 1, 1, 1, 0])).tolist() == [1, 2, 0]
+    assert farthest_points(unit, 5, 1, torch.zeros(5)).tolist() == [1, 0, 2, 3, 4]
+    assert farthest_points(unit, 1, 2).tolist() == [2]
+    assert nearest_distances(unit).tolist() == [0, 0, 1, 0, 1]
+    assert nearest_distances(unit[:1]).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 300, 1 << 24])
+def test_distances_are_the_definitions(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all distances in fp64, in chunks of any size."""
+    monkeypatch.setattr("trimming.selection.CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    features = torch.randn(90, 12).to(dtype)
+    features[5] = features[17] = 0
+    weights = torch.rand(90)
+    before = features.clone()
+    unit = unit_rows(features)
+    assert features.equal(before)
+    exact = features.double() / features.double().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    distances = (1 - exact @ exact.T).fill_diagonal_(0)
+    alone = distances.clone().fill_diagonal_(math.inf).amin(-1)
+    torch.testing.assert_close(nearest_distances(unit).double(), alone, rtol=0, atol=1e-6)
+    chosen = [3]
+    while len(chosen) < 40:
+        worth = distances[chosen].amin(0) * weights
+        worth[chosen] = -math.inf
+        chosen.append(int(worth.argmax()))
+    assert farthest_points(unit, 40, 3, weights).tolist() == chosen
+
+
+def test_choosing_by_distance_takes_no_memory_by_the_square() -> None:
+    """Five images of four tiles in one prompt are 32,000 features: all distances would be 4 GB. Here a thousand of width 8."""
+    with Largest() as largest:
+        farthest_points(unit_rows(torch.randn(1000, 8)), 20, 0)
+    assert largest.elements == 8000
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------------

@@ -246,8 +246,8 @@ class Costs:
         # The features of a batch, their keys, values and normed keys.
         prefill = prompt * (3 * text.intermediate_size + 6 * width) + visual * (width + 3 * key_value // 2)
         prefill += each_layer * self.geometry.cross_layers * visual * key_value
-        # In fp32: distances of an image's features in three versions; attention of a chunk of rows, in as many.
-        scores = 3 * ((vision.max_num_tiles * self.tokens) ** 2 + CHUNK_ELEMENTS) * 4
+        # In fp32: attention of a chunk of rows, in three versions; an image's features for distances, and twice as they are.
+        scores = 3 * CHUNK_ELEMENTS * 4 + vision.max_num_tiles * self.tokens * width * (4 + 2 * self.itemsize)
         # Sampling sorts and sums in fp32 and fp64.
         sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)
         encoded = (visual + rows) * (width + key_value)

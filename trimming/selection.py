@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from trimming.attention import CHUNK_ELEMENTS
 
 
 def ratio_budget(ratio: float, valid: Tensor) -> Tensor:
@@ -81,7 +82,8 @@ def ragged_index(keep: Tensor) -> tuple[Tensor, Tensor]:
 def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
     """``features`` with every kept row replaced by the mean of itself and the rows that are merged into it.
 
-    Averages of features rather than of keys: a mean of normed keys is shorter than each of them.
+    Averages of features rather than of keys: a mean of normed keys is shorter than each of them. The same on every run: sums
+    go in the order of rows, not by atomic additions as ``index_add`` has them on CUDA.
 
     Args:
         features: (N, width).
@@ -91,26 +93,39 @@ def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
     Returns:
         (N, width); rows that are not kept come back as they are.
     """
-    goes = (targets >= 0) & ~keep
-    sums = features.float().index_add(0, targets[goes], features[goes].float())
-    counts = torch.ones(len(features), device=features.device).index_add(
-        0, targets[goes], torch.ones(int(goes.sum()), device=features.device)
-    )
-    return torch.where(keep[:, None], (sums / counts[:, None]).to(features.dtype), features)
+    own = torch.arange(len(features), device=features.device)
+    into = torch.where((targets >= 0) & ~keep, targets, own)
+    rows = features[into.argsort(stable=True)].float()
+    # ``unsafe`` leaves out a look at the sizes, for which the host would wait.
+    sizes = torch.zeros_like(own).index_add_(0, into, torch.ones_like(own))
+    means = torch.segment_reduce(rows, "mean", lengths=sizes, unsafe=True)
+    return torch.where(keep[:, None], means.to(features.dtype), features)
 
 
-def cosine_distances(features: Tensor) -> Tensor:
-    """One minus the cosine of each two rows of (n, width): (n, n) float32, never negative, 0 on the diagonal."""
-    unit = F.normalize(features.float(), dim=-1)
-    # What rounding leaves of nothing must not rank points that lie on each other.
-    return (1 - unit @ unit.T).clamp(min=0).fill_diagonal_(0)
+def unit_rows(features: Tensor) -> Tensor:
+    """The rows of (n, width) at length one, in float32: their products are cosines."""
+    unit = features.to(torch.float32, copy=True)
+    return unit.div_(torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=1e-12))
 
 
-def farthest_points(distances: Tensor, count: int, first: int, weights: Tensor | None = None) -> Tensor:
-    """Greedy max–min choice: ``first``, then always the point whose distance to those chosen, times its weight, is largest.
+def nearest_distances(unit: Tensor) -> Tensor:
+    """(n,) of ``unit_rows`` (n, width): one minus the cosine with the most similar other row, never negative; infinite for one
+    row alone."""
+    found = []
+    for start in range(0, len(unit), step := max(1, CHUNK_ELEMENTS // max(1, len(unit)))):
+        cosines = unit[start : start + step] @ unit.T
+        cosines.diagonal(start).fill_(-torch.inf)
+        found.append(1 - cosines.amax(-1))
+    return torch.cat(found).clamp_(min=0)
+
+
+def farthest_points(unit: Tensor, count: int, first: int, weights: Tensor | None = None) -> Tensor:
+    """Greedy max–min choice: ``first``, then always the row whose distance to those chosen, times its weight, is largest.
+
+    A distance is one minus the cosine. Those to one chosen row are computed at a time: all together would take n × n memory.
 
     Args:
-        distances: (n, n), 0 on the diagonal.
+        unit: (n, width), of ``unit_rows``.
         count: how many to choose, at most n.
         first: the first one.
         weights: (n,), none negative; default 1.
@@ -118,16 +133,15 @@ def farthest_points(distances: Tensor, count: int, first: int, weights: Tensor |
     Returns:
         (count,) long, in the order of their choice; ties go to the lower one.
     """
-    nearest = torch.full_like(distances[0], torch.inf)
-    taken = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
-    chosen = torch.full((count,), first, device=distances.device)
+    worth = torch.full_like(unit[:, 0], torch.inf)
+    chosen = torch.full((count,), first, device=unit.device)
     for place in range(1, count):
         # A slice of one: a Python number as an index would synchronise with the device.
         last = chosen[place - 1 : place]
-        # An assignment of a number by index would send it over, and wait.
-        taken.index_fill_(0, last, True)
-        nearest = torch.minimum(nearest, distances[last][0])
-        worth = nearest if weights is None else nearest * weights
-        # Points that lie on chosen ones are still to be had once nothing else is.
-        chosen[place] = worth.masked_fill(taken, -torch.inf).argmax()
+        # What rounding leaves of nothing must not rank rows that lie on each other.
+        distances = (1 - unit @ unit[last][0]).clamp_(min=0)
+        torch.minimum(worth, distances if weights is None else distances.mul_(weights), out=worth)
+        # Rows that lie on chosen ones are still to be had once nothing else is; chosen ones are not.
+        worth.index_fill_(0, last, -torch.inf)
+        chosen[place] = worth.argmax()
     return chosen

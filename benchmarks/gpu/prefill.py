@@ -20,7 +20,7 @@ from trimming.engine import Engine, Request
 from trimming.engine.layers import computing_on
 from trimming.engine.sequence import Encoded, Sequence_
 from trimming.engine.vision import Tower
-from trimming.selection import cosine_distances, farthest_points
+from trimming.selection import farthest_points, unit_rows
 
 TILES = 2
 """As most photographs have."""
@@ -107,7 +107,7 @@ def _farthest(bench: Bench, features: torch.Tensor) -> Result:
     count = max(2, round(CHOSEN * len(features)))
 
     def choose() -> torch.Tensor:
-        return farthest_points(cosine_distances(features), count, 0)
+        return farthest_points(unit_rows(features), count, 0)
 
     bench.release()
     choose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 
 import torch
@@ -22,8 +23,8 @@ PROFILE_SECONDS = 8.0
 
 
 def measure_tower(bench: Bench, out: Result) -> None:
-    """Fills ``out["tiles"]`` by tile count and by ``tower_tiles``, ``out["profile"]`` and ``out["attention"]``. All tiles lie
-    on the device already."""
+    """Fills ``out["tiles"]`` by tile count and by ``tower_tiles``, ``out["sending_seconds"]``, ``out["profile"]`` and
+    ``out["attention"]``. All tiles lie on the device already."""
     normalise = Normaliser(bench.processor, bench.device, bench.model.dtype)
     count = bench.amounts.tower_images
     out |= {"images": count, "tiles": {}}
@@ -38,6 +39,10 @@ def measure_tower(bench: Bench, out: Result) -> None:
             by_mode[mode] = _measure(bench, Tower(bench.model, normalise, mode), images, mode)
             bench.say(f"tower: {tiles} tiles, {mode}: {by_mode[mode]['images_per_second']:.1f} images/s")
             bench.save()
+    # Where they come from the host, as decoding leaves them.
+    tiles_there = torch.cat([image.pixels for image in images]).cpu()
+    sent = each_seconds(bench.device, lambda: tiles_there.to(bench.device, copy=True), bench.amounts.tower_runs)
+    out["sending_seconds"] = statistics.median(sent)
     if bench.has(PROFILE_SECONDS):
         tower = Tower(bench.model, normalise)
         with torch.inference_mode(), computing_on(bench.device):

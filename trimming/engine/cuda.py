@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
 from trimming.engine.decode import Decode
 from trimming.engine.layers import Rotary, cross_queries, norm, self_projections, self_queries
-from trimming.engine.memory import Memory, Segment
+from trimming.engine.memory import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +52,14 @@ class GraphDecode(Decode):
         self.capture = capture
         geometry, device = memory.geometry, model.device
         self.buckets = buckets(most)
-        # Input of the step, a row a sequence. ``alive`` is 1 for rows that are no padding.
         self.input = torch.zeros(most, dtype=torch.long, device=device)
-        self.place = torch.zeros(most, dtype=torch.long, device=device)
-        self.alive = torch.zeros(most, dtype=torch.long, device=device)
-        self.sees = torch.zeros(most, 1, dtype=model.dtype, device=device)
-        self.self_start = torch.zeros(most, dtype=torch.long, device=device)
-        self.self_stride = torch.zeros(most, dtype=torch.long, device=device)
-        self.self_layer = torch.zeros(2 * geometry.self_layers, 1, dtype=torch.long, device=device)
-        """Where a layer's keys or values lie in a slot."""
-        self.cross = torch.zeros(4, geometry.cross_layers, most, dtype=torch.long, device=device)
-        """Offsets of keys and of values, and their strides from head to head; see ``_places``."""
-        self.cross_length = torch.zeros(geometry.cross_layers, most, dtype=torch.int32, device=device)
+        """(most,) the tokens of a step, a sequence each."""
+        self.table = torch.zeros(4 + 5 * geometry.cross_layers, most, dtype=torch.long, device=device)
+        """All else that a step needs to know of its sequences, one behind the other, so that it is one copy to the device."""
+        # Where its token stands; 1 where it is no padding; where its slot begins, and the stride from head to head in it.
+        self.place, self.alive, self.self_start, self.self_stride = self.table[:4]
+        self.cross = self.table[4:].view(5, geometry.cross_layers, most)
+        """See ``Segment.places``."""
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         images = model.config.vision_config.max_num_tiles * model.model.vision_model.num_patches
         self.splits = {b: pick_splits(b, geometry.kv_heads, processors, images) for b in self.buckets}
@@ -126,24 +121,20 @@ class GraphDecode(Decode):
 
     def _upload(self) -> None:
         """Tells the device which rows run and where their keys and values lie."""
-        memory, most = self.memory, len(self.input)
-        geometry, capacity = memory.geometry, memory.capacity
-        count, width = len(self.running), geometry.head_dim
-        rest = most - count
-        self.place.copy_(torch.tensor(self.positions + [0] * rest))
-        self.alive.copy_(torch.tensor([1] * count + [0] * rest))
-        starts = [slot * memory.slot_elements for slot in range(count)] + [memory.scratch] * rest
-        self.self_start.copy_(torch.tensor(starts))
-        self.self_stride.copy_(torch.tensor([capacity * width] * count + [width] * rest))
-        one = geometry.kv_heads * capacity * width
-        self.self_layer.copy_((torch.arange(2 * geometry.self_layers) * one)[:, None])
-        # One tensor from plain lists: this runs whenever a sequence joins or leaves.
-        nowhere = [[0] * 5] * geometry.cross_layers
-        places = torch.tensor([_places(sequence.segment) if sequence.segment else nowhere for sequence in self.running])
-        places = F.pad(places, (0, 0, 0, 0, 0, rest)).permute(2, 1, 0)
-        self.cross.copy_(places[:4])
-        self.cross_length.copy_(places[4])
-        self.sees.copy_(places[4].any(0)[:, None])
+        # This runs whenever a sequence joins or leaves, mostly between two steps: its every call counts.
+        memory, count = self.memory, len(self.running)
+        width = memory.geometry.head_dim
+        table = torch.zeros(self.table.shape, dtype=torch.long)
+        table[0, :count] = torch.tensor(self.positions)
+        table[1, :count] = 1
+        table[2, :count] = torch.arange(count) * memory.slot_elements
+        table[2, count:] = memory.scratch
+        table[3, :count] = memory.capacity * width
+        table[3, count:] = width
+        nowhere = torch.zeros(5 * memory.geometry.cross_layers, dtype=torch.long)
+        places = [sequence.segment.places if sequence.segment else nowhere for sequence in self.running]
+        torch.stack(places, -1, out=table[4:, :count])
+        self.table.copy_(table)
         seeing = [(row, sequence.channels) for row, sequence in enumerate(self.running) if sequence.channels]
         if self.channels is not None and seeing:
             rows = torch.tensor([row for row, _ in seeing], device=self.input.device)
@@ -190,40 +181,49 @@ class GraphDecode(Decode):
         states = self.text.embed_tokens(self.input[:bucket])
         place = self.place[:bucket]
         cos, sin = self.rotary.at(place)
-        length = ((place + 1) * self.alive[:bucket]).int()
-        # Padding has no room but for one row, which all of it shares.
-        row = self.self_start[:bucket, None, None] + self.heads * self.self_stride[:bucket, None, None]
-        row = row + (place * self.alive[:bucket])[:, None, None] * len(self.columns) + self.columns
+        alive, start, stride = self.alive[:bucket], self.self_start[:bucket], self.self_stride[:bucket]
+        length, lengths = ((place + 1) * alive).int(), self.cross[4, :, :bucket].int()
+        sees = (lengths > 0).any(0)[:, None].to(states.dtype)
+        # A layer's keys, or values, in a slot; padding has no room but for one row, which all of it shares.
+        layer_size = len(self.heads) * stride * alive
+        row = (start + place * alive * len(self.columns))[:, None, None] + self.heads * stride[:, None, None] + self.columns
         own = crossed = 0
         for layer, is_cross in zip(self.text.layers, self.is_cross, strict=True):
             if is_cross:
-                states = self._graph_cross(layer, crossed, states, bucket)
+                states = self._graph_cross(layer, crossed, states, lengths[crossed], sees, bucket)
                 crossed += 1
             else:
-                states = self._graph_self(layer, own, states, (cos, sin), row, length, bucket)
+                states = self._graph_self(layer, own, states, (cos, sin), row, layer_size, length, bucket)
                 own += 1
         self.logits[:bucket] = self.model.lm_head(norm(self.text.norm, states))
         # Behind all that may fail: the same step can be taken again.
         self.place += self.alive
 
     def _graph_self(
-        self, layer: Any, index: int, states: Tensor, rotary: tuple[Tensor, Tensor], row: Tensor, length: Tensor, bucket: int
+        self,
+        layer: Any,
+        index: int,
+        states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        row: Tensor,
+        layer_size: Tensor,
+        length: Tensor,
+        bucket: int,
     ) -> Tensor:
         attention, flat = layer.self_attn, self.memory.flat
         normed = norm(layer.input_layernorm, states)
         query = self_queries(attention, normed, *rotary)
         key, value = self_projections(attention, normed, *rotary)
-        key_layer, value_layer = self.self_layer[2 * index], self.self_layer[2 * index + 1]
-        live = self.alive[:bucket]
-        flat[row + key_layer * live[:, None, None]] = key
-        flat[row + value_layer * live[:, None, None]] = value
+        key_at, value_at = 2 * index * layer_size, (2 * index + 1) * layer_size
+        flat[row + key_at[:, None, None]] = key
+        flat[row + value_at[:, None, None]] = value
         start, stride = self.self_start[:bucket], self.self_stride[:bucket]
-        places = (start + key_layer * live, start + value_layer * live, stride, stride)
+        places = (start + key_at, start + value_at, stride, stride)
         states = states + attention.o_proj(self._attend(query, places, length, attention.scaling, bucket))
         forward: Tensor = layer.mlp(norm(layer.post_attention_layernorm, states))
         return states + forward
 
-    def _graph_cross(self, layer: Any, index: int, states: Tensor, bucket: int) -> Tensor:
+    def _graph_cross(self, layer: Any, index: int, states: Tensor, length: Tensor, sees: Tensor, bucket: int) -> Tensor:
         attention = layer.cross_attn
         query = cross_queries(attention, norm(layer.input_layernorm, states))
         if self.channels is not None:
@@ -232,7 +232,6 @@ class GraphDecode(Decode):
             query = grouped.gather(-1, channels.expand(*grouped.shape[:3], -1)).flatten(1, 2)
         # Keys, values, and their strides from head to head.
         places = tuple(self.cross[i, index, :bucket] for i in range(4))
-        length, sees = self.cross_length[index, :bucket], self.sees[:bucket]
         attended = attention.o_proj(self._attend(query, places, length, attention.scaling, bucket))
         states = states + layer.cross_attn_attn_gate.tanh() * attended * sees
         forward = layer.mlp(norm(layer.post_attention_layernorm, states))
@@ -253,11 +252,3 @@ class GraphDecode(Decode):
             self.splits[bucket],
         )
         return attended.flatten(1)
-
-
-def _places(segment: Segment) -> list[list[int]]:
-    """Of each cross-attention layer: offsets of keys and of values, their strides from head to head, and rows."""
-    return [
-        [extent.key, extent.value, extent.rows * extent.key_width, extent.rows * extent.value_width, extent.rows]
-        for extent in segment.layers
-    ]

@@ -29,6 +29,10 @@ def computing_on(device: torch.device) -> Iterator[None]:
             yield
 
 
+MLP_ROWS = 8192
+"""Rows that go through an MLP at once, between whose projections they are several times as wide."""
+
+
 class Rotary:
     """Rotary position embeddings of every position that the model knows, tabulated once: 67 MB for the 11B in bf16.
 
@@ -67,6 +71,30 @@ def self_projections(attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -
     """Rotated keys and values (n, KV, D) of a self-attention layer, of normed states (n, width)."""
     key = rotate(attention.k_proj(states).unflatten(-1, (-1, attention.head_dim)), cos, sin)
     return key, attention.v_proj(states).unflatten(-1, (-1, attention.head_dim))
+
+
+def self_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> Tensor:
+    """(n, heads × D) of queries (n, heads, D) over keys and values (m, KV, D) of one prompt: each its own and those before it
+    where ``causal``, else all of them."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    grouped = not _grouping_is_slow(key)
+    if not grouped:
+        k, v = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=grouped)
+    return out[0].transpose(0, 1).flatten(1)
+
+
+def _grouping_is_slow(key: Tensor) -> bool:
+    """In fp32 torch's fast kernels on CUDA take no grouped heads; what is left holds the whole map of attention."""
+    return key.is_cuda and key.dtype == torch.float32
+
+
+def mlp(module: Any, states: Tensor) -> Tensor:
+    """``module`` of states (n, width), ``MLP_ROWS`` at a time: a prompt of 130,000 tokens would take 11 GB at once."""
+    if len(states) <= MLP_ROWS:
+        done: Tensor = module(states)
+        return done
+    return torch.cat([module(part) for part in states.split(MLP_ROWS)])
 
 
 def cross_queries(attention: Any, states: Tensor) -> Tensor:

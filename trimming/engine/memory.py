@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from bisect import insort
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,13 @@ class Segment:
     share: Hashable | None
     """What a sequence must have in common with this one to use it too; None: nothing can."""
     users: int = 1
+    places: Tensor = field(init=False)
+    """(5 × cross-attention layers,) long, on the CPU: where each layer's keys begin, then each one's values; the strides from
+    head to head of keys, then of values; rows."""
+
+    def __post_init__(self) -> None:
+        rows = [(e.key, e.value, e.rows * e.key_width, e.rows * e.value_width, e.rows) for e in self.layers]
+        self.places = torch.tensor(rows, dtype=torch.long).T.flatten()
 
 
 class Memory:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
 from trimming.attention import CHUNK_ELEMENTS
@@ -21,7 +20,9 @@ from trimming.engine.layers import (
     cross_queries,
     crosses,
     fold,
+    mlp,
     norm,
+    self_attend,
     self_projections,
     self_queries,
     unfold,
@@ -160,17 +161,12 @@ class Prefill:
         keys, values = self.memory.slot_layer(index)
         attended = []
         split = zip(query.split(lengths), key.split(batch.lengths), value.split(batch.lengths), strict=True)
-        for sequence, parts in zip(batch.sequences, split, strict=True):
-            q, k, v = (part.transpose(0, 1) for part in parts)
-            keys[sequence.slot, :, : k.shape[1]] = k
-            values[sequence.slot, :, : v.shape[1]] = v
-            out = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=only is None, scale=layer.self_attn.scaling, enable_gqa=True
-            )
-            attended.append(out[0].transpose(0, 1))
-        states = states[asking] + layer.self_attn.o_proj(torch.cat(attended).flatten(1))
-        forward: Tensor = layer.mlp(norm(layer.post_attention_layernorm, states))
-        return states + forward
+        for sequence, (q, k, v) in zip(batch.sequences, split, strict=True):
+            keys[sequence.slot, :, : len(k)] = k.transpose(0, 1)
+            values[sequence.slot, :, : len(v)] = v.transpose(0, 1)
+            attended.append(self_attend(q, k, v, layer.self_attn.scaling, causal=only is None))
+        states = states[asking] + layer.self_attn.o_proj(torch.cat(attended))
+        return states + mlp(layer.mlp, norm(layer.post_attention_layernorm, states))
 
     # ---- cross-attention ------------------------------------------------------------------------------------------------
 
@@ -192,7 +188,7 @@ class Prefill:
                 (a, b), (c, d) = look.rows, look.kept
                 attended[a:b] = attend(query[a:b], group.key[:, c:d], group.value[:, c:d], attention.scaling)
         rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(attended)
-        forward = layer.mlp(norm(layer.post_attention_layernorm, rows))
+        forward = mlp(layer.mlp, norm(layer.post_attention_layernorm, rows))
         if batch.blind is not None:
             forward[batch.blind] = 0
         states[batch.rows] = rows + layer.cross_attn_mlp_gate.tanh() * forward
@@ -399,11 +395,10 @@ class Prefill:
 
     def _with_features(self, batch: _Batch, context: VisualContext, row: int) -> VisualContext:
         """The context of one sequence alone, with its features."""
-        features = torch.zeros(1, context.valid.shape[1], self.text.config.hidden_size, device=self.model.device)
+        shape = (1, context.valid.shape[1], self.text.config.hidden_size)
+        features = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         if batch.sequences[row].encoded:
-            packed = batch.packed(row).to(features.device)
-            features = features.to(packed.dtype)
-            features[0, batch.positions[row].to(features.device)] = packed
+            features[0, batch.positions[row].to(features.device)] = batch.packed(row).to(features.device)
 
         def own(each: Tensor | None) -> Tensor | None:
             return None if each is None else each[row : row + 1]

@@ -44,6 +44,8 @@ PREFILL_VISUAL_TOKENS = 1 << 16
 or twenty of two. A longer one goes alone."""
 DECODE_PATIENCE = 1024
 """Decode steps before a lowered number of sequences is raised: preempted sequences start over, which is expensive."""
+SILENT_TOKENS = 8
+"""Tokens without text, special ones, that a stop string may hold and still be seen at once."""
 SLOT_GRAIN = 32
 """Slots have room for a multiple of this many tokens."""
 
@@ -531,28 +533,37 @@ class Engine:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.said.append(token)
             try:
-                text = self._stopped(sequence)
-                if token in self.eos or text is not None:
-                    self._finish(sequence, "stop", text)
+                if token in self.eos or self._stopped(sequence):
+                    self._finish(sequence, "stop")
                 elif len(sequence.said) == sequence.request.max_new_tokens:
-                    self._finish(sequence, "length", None)
+                    self._finish(sequence, "length")
             except Exception as error:  # noqa: BLE001 - the detokenizer is the caller's: its failure is this row's
                 self._leave(sequence)
                 sequence.future.set_exception(error)
 
-    def _stopped(self, sequence: Sequence_) -> str | None:
-        """The text before the first stop string, once there is one."""
-        if not sequence.request.stop:
-            return None
-        assert self.detokenize is not None
-        text = self.detokenize(sequence.said)
-        found = [place for stop in sequence.request.stop if (place := text.find(stop)) >= 0]
-        return text[: min(found)] if found else None
+    def _stopped(self, sequence: Sequence_) -> bool:
+        """Whether the last token has completed a stop string."""
+        stops, said = sequence.request.stop, sequence.said
+        if not stops:
+            return False
+        # Its last tokens are enough to see one, a byte of it in each at least: the whole answer at every step would take time
+        # by the square of its length. A tail may read otherwise than as a part of the whole, which has the last word.
+        tail = said[-(max(len(stop.encode()) for stop in stops) + SILENT_TOKENS) :]
+        return self._cut(sequence, tail)[1] and (len(tail) == len(said) or self._cut(sequence, said)[1])
 
-    def _finish(self, sequence: Sequence_, reason: str, text: str | None) -> None:
+    def _cut(self, sequence: Sequence_, tokens: Sequence[int]) -> tuple[str, bool]:
+        """The tokens' text before the first stop string, and whether there is one."""
+        assert self.detokenize is not None
+        text = self.detokenize(tokens)
+        found = [place for stop in sequence.request.stop if (place := text.find(stop)) >= 0]
+        return (text[: min(found)], True) if found else (text, False)
+
+    def _finish(self, sequence: Sequence_, reason: str) -> None:
         said = sequence.said[:-1] if sequence.said[-1] in self.eos else sequence.said
-        if text is None and self.detokenize is not None:
-            text = self.detokenize(said)
+        text = None
+        if self.detokenize is not None:
+            text, stopped = self._cut(sequence, said)
+            reason = "stop" if stopped else reason
         self._leave(sequence)
         assert sequence.trim is not None
         completion = Completion(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimming.policies.policy import KeepShare, Look, VisualContext, Where, given, no_scores
-from trimming.selection import cosine_distances, farthest_points
+from trimming.selection import farthest_points, nearest_distances, unit_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DivPrune(KeepShare):
         for row, features in enumerate(given(context.features, "features")):
             places = context.valid[row].nonzero()[:, 0]
             if len(places):
-                distances = cosine_distances(features[places])
-                alone = distances.clone().fill_diagonal_(torch.inf).min(-1).values
-                chosen[row, places[farthest_points(distances, int(budget[row]), int(alone.argmax()))]] = True
+                unit = unit_rows(features[places])
+                first = int(nearest_distances(unit).argmax())
+                chosen[row, places[farthest_points(unit, int(budget[row]), first)]] = True
         return chosen

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimming.policies.policy import KeepShare, Look, VisualContext, Where, given
-from trimming.selection import top_k
+from trimming.selection import top_k, unit_rows
 
 CONTEXTUAL = 10 / 64
 """Of what stays, the share of contextual tokens: the paper's 54 dominant and 10 contextual of 64."""
@@ -57,7 +56,7 @@ class VisionZip(KeepShare):
             into = (kept[row] & ~dominant[row]).nonzero()[:, 0]
             goes = (context.valid[row] & ~kept[row]).nonzero()[:, 0]
             if len(into) and len(goes):
-                alike = F.normalize(features[goes].float(), dim=-1) @ F.normalize(features[into].float(), dim=-1).T
+                alike = unit_rows(features[goes]) @ unit_rows(features[into]).T
                 alike = alike.masked_fill(image[goes][:, None] != image[into], -torch.inf)
                 best, place = alike.max(-1)
                 targets[row, goes] = torch.where(best > -torch.inf, into[place], -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimming.policies.policy import KeepShare, Look, VisualContext, Where, given
-from trimming.selection import cosine_distances, farthest_points
+from trimming.selection import farthest_points, unit_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class WeightedFarthest(KeepShare):
             places = context.valid[row].nonzero()[:, 0]
             if len(places):
                 weights = scores[row, 0, places]
-                distances = cosine_distances(features[places])
-                picked = farthest_points(distances, int(budget[row]), int(weights.argmax()), weights)
+                picked = farthest_points(unit_rows(features[places]), int(budget[row]), int(weights.argmax()), weights)
                 chosen[row, places[picked]] = True
         return chosen
