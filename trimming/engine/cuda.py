@@ -182,7 +182,8 @@ class GraphDecode(Decode):
         place = self.place[:bucket]
         cos, sin = self.rotary.at(place)
         alive, start, stride = self.alive[:bucket], self.self_start[:bucket], self.self_stride[:bucket]
-        length, lengths = ((place + 1) * alive).int(), self.cross[4, :, :bucket].int()
+        # Whole rows: Triton compiles anew for a layer's part that begins off 16 bytes.
+        length, lengths = ((place + 1) * alive).int(), self.cross[4].int()[:, :bucket]
         sees = (lengths > 0).any(0)[:, None].to(states.dtype)
         # A layer's keys, or values, in a slot; padding has no room but for one row, which all of it shares.
         layer_size = len(self.heads) * stride * alive
