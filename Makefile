@@ -71,7 +71,7 @@ browser: ## install Debian's Chromium, in which tests open the report, where it 
 	  || echo 'no Chromium: the tests of the report in a browser are skipped' >&2
 
 test: .venv ## run the test suite, offline and on CPU, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: .venv ## kill a job's driver and actor at random moments, on disk and S3, then put a million rows through a stand-in engine; tables of what was lost (an hour at most)
 	$(BIN)/python -m benchmarks.soak --output benchmarks/results --minutes 25

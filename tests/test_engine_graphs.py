@@ -184,9 +184,15 @@ def test_where_everything_lies_is_one_copy_to_the_device(policy: Policy) -> None
     copies: list[list[Tensor]] = []
     upload = decode._upload
 
+    def see(func: Any, args: Sequence[Any], out: Any) -> None:
+        if func is torch.ops.aten.copy_.default:
+            # Nor one that the host would go on beside, with what it copies from reused meanwhile.
+            assert not any(args[2:])
+            copies[-1].append(args[0])
+
     def watched() -> None:
         copies.append([])
-        with Watch(lambda func, args, out: copies[-1].append(args[0]) if func is torch.ops.aten.copy_.default else None):
+        with Watch(see):
             upload()
 
     decode._upload = watched  # type: ignore[method-assign]
@@ -278,8 +284,11 @@ def test_a_policy_of_another_width_is_captured_anew() -> None:
     prompts = make_prompts(BATCHES["mixed tiles"])
     complete(engine, [p.request(str(i), 4) for i, p in enumerate(prompts)])
     assert decode.channels is not None
-    width, policy = decode.channels.shape[-1], ThinK(0.25)
+    width, policy, replays = decode.channels.shape[-1], ThinK(0.25), dict(decode.replays)
+    engine.use(ThinK(0.5, SnapKV(0.3)))
+    assert decode.replays == replays
     engine.use(policy)
+    assert not decode.replays
     found = complete(engine, [p.request(str(i), 4) for i, p in enumerate(prompts)])
     assert decode.channels.shape[-1] == width // 2
     wanted = complete(make_engine(policy), [p.request(str(i), 4) for i, p in enumerate(prompts)])

@@ -95,6 +95,8 @@ class GraphDecode(Decode):
         return self.logits[:count]
 
     def slice_keys(self, width: int) -> None:
+        if self.channels is not None and self.channels.shape[-1] == width:
+            return
         # Graphs were captured for keys of another width.
         self.release()
         shape = (self.memory.geometry.cross_layers, len(self.input), self.memory.geometry.kv_heads, width)
