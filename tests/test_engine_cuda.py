@@ -93,6 +93,7 @@ def test_slots_and_segments_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch
         requests.append(Request(id=str(i), tokens=tokens, images=[picture], max_new_tokens=40 - len(tokens)))
     model = tiny_model().to("cuda")
     wanted = [c.tokens for c in Engine(model, TrimmedLlama(0.2), kv_bytes=1 << 22, **options).generate(requests)]
+    # All rows have one capacity: slots of a length that does not follow from it could not be resized.
     monkeypatch.setattr(Memory, "slot_elements_for", lambda memory, capacity: 2**30)
     engine = Engine(model, TrimmedLlama(0.2), kv_bytes=4 * (3 * 2**30 + 2**20), **options)
     assert [c.tokens for c in engine.generate(requests)] == wanted

@@ -179,7 +179,7 @@ def test_a_captured_step_waits_for_nothing() -> None:
 
 @pytest.mark.parametrize("policy", [KeepAll(), SnapKV(0.3)], ids=repr)
 def test_where_everything_lies_is_one_copy_to_the_device(policy: Policy) -> None:
-    """Whenever a row joins or leaves, which is at nearly every step of a large batch."""
+    """Whenever a row joins or leaves: at nearly every step of a large batch. Sliced keys have their channels besides."""
     engine, decode = make_recorded(policy, max_sequences=5)
     copies: list[list[Tensor]] = []
     upload = decode._upload
@@ -199,9 +199,31 @@ def test_where_everything_lies_is_one_copy_to_the_device(policy: Policy) -> None
     run(engine, waves(make_prompts(ROWS)))
     assert len(copies) > 5
     # Others are within the host's own table.
-    assert [sum(t.data_ptr() == decode.table.data_ptr() for t in each) for each in copies] == [1] * len(copies)
-    buffers = [decode.place, decode.alive, decode.self_start, decode.self_stride, decode.cross]
-    assert {t.untyped_storage().data_ptr() for t in buffers} == {decode.table.untyped_storage().data_ptr()}
+    buffers = {t.untyped_storage().data_ptr() for t in vars(decode).values() if isinstance(t, Tensor)}
+    assert [sum(t.untyped_storage().data_ptr() in buffers for t in each) for each in copies] == [1] * len(copies)
+
+
+def test_captures_beside_running_rows_write_nothing_of_rows_that_left() -> None:
+    """The first row leaves and the last one moves into its slot; then every batch size is captured, which runs the step."""
+    requests = [p.request(str(i), 2 + 9 * i) for i, p in enumerate(make_prompts([Row((1,)), Row((2,)), Row((1,), after=9)]))]
+    engine, decode = make_recorded(KeepAll(), max_sequences=5)
+    for request in requests:
+        engine.submit(request)
+    while len(decode.running) != 2:
+        engine.step()
+    assert decode.changed
+
+    def written() -> list[Tensor]:
+        layers = [engine.memory.slot_layer(layer) for layer in range(engine.geometry.self_layers)]
+        return [
+            torch.stack([part[slot, :, :position] for layer in layers for part in layer])
+            for slot, position in enumerate(decode.positions)
+        ]
+
+    before = written()
+    decode.release()
+    engine.warm_up()
+    assert all(map(torch.equal, before, written()))
 
 
 def test_the_rotary_tables_are_whole_from_the_start_and_stay_where_they_are() -> None:

@@ -286,6 +286,25 @@ def test_widths_default_to_the_head_dimension() -> None:
     assert segment.start + segment.size == memory.size
 
 
+def test_segments_say_where_their_layers_lie() -> None:
+    """In a table for a decode step's kernels; a part of a model on several devices may have no cross-attention layer."""
+    geometry = Geometry(self_layers=1, cross_layers=2, heads=4, kv_heads=2, head_dim=8)
+    segment = Memory(geometry, 1 << 14, torch.float32, torch.device("cpu")).allocate([3, 5], [4, 8])
+    assert segment is not None
+    first, second = segment.layers
+    strides = [3 * 4, 5 * 8, 3 * 8, 5 * 8]
+    assert segment.places.tolist() == [first.key, second.key, first.value, second.value, *strides, 3, 5]
+    none = Memory(Geometry(1, 0, 4, 2, 8), 1 << 14, torch.float32, torch.device("cpu"))
+    # torch warns of some things only once, and another test may have been the first.
+    torch.set_warn_always(True)
+    try:
+        segment = none.allocate([])
+    finally:
+        torch.set_warn_always(False)
+    assert segment is not None
+    assert segment.places.tolist() == []
+
+
 def test_sharing_is_by_what_was_said_and_ends_with_the_last_user() -> None:
     memory = make_memory()
     segment = memory.allocate([4] * 3, share="kept")

@@ -340,7 +340,7 @@ def test_stop_strings(prompt: Prompt, plain: list[int], stops: list[tuple[int, i
 
 
 def test_stop_strings_that_do_not_come(prompt: Prompt, plain: list[int]) -> None:
-    found = answer(prompt, stop=[spell(plain) + "!", "@@@"])
+    found = answer(prompt, stop=[spell(plain) + "!", "@@@", "\ud800"])
     assert (found.text, found.finish_reason, found.output_tokens) == (spell(plain), "length", 12)
 
 

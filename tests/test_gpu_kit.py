@@ -84,7 +84,7 @@ def test_the_rehearsal_runs_every_section_without_what_the_machine_lacks(tmp_pat
         "## Correct",
         "## The demo's answers",
         "| 2 | real |",
-        "images of four come from the host in",
+        "images of four tiles come from the host in",
         "| half | 3 |",
         "| quarter | 4 |",
         "| peer |",

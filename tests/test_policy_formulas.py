@@ -323,10 +323,12 @@ def test_distances_are_the_definitions(dtype: torch.dtype, chunk: int, monkeypat
     assert farthest_points(unit, 40, 3, weights).tolist() == chosen
 
 
-def test_choosing_by_distance_takes_no_memory_by_the_square() -> None:
+def test_choosing_by_distance_takes_no_memory_by_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five images of four tiles in one prompt are 32,000 features: all distances would be 4 GB. Here a thousand of width 8."""
+    monkeypatch.setattr("trimming.selection.CHUNK_ELEMENTS", 5000)
     with Largest() as largest:
-        farthest_points(unit_rows(torch.randn(1000, 8)), 20, 0)
+        unit = unit_rows(torch.randn(1000, 8))
+        farthest_points(unit, 20, int(nearest_distances(unit).argmax()))
     assert largest.elements == 8000
 
 

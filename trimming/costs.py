@@ -246,12 +246,13 @@ class Costs:
         # The features of a batch, their keys, values and normed keys.
         prefill = prompt * (3 * text.intermediate_size + 6 * width) + visual * (width + 3 * key_value // 2)
         prefill += each_layer * self.geometry.cross_layers * visual * key_value
-        # In fp32: attention of a chunk of rows, in three versions; an image's features for distances, and twice as they are.
-        scores = 3 * CHUNK_ELEMENTS * 4 + vision.max_num_tiles * self.tokens * width * (4 + 2 * self.itemsize)
+        # In fp32: attention of a chunk of rows, in three versions, or an image's features that are merged, in two, beside three
+        # as they are.
+        deciding = max(3 * CHUNK_ELEMENTS * 4, vision.max_num_tiles * self.tokens * width * (2 * 4 + 3 * self.itemsize))
         # Sampling sorts and sums in fp32 and fp64.
         sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)
         encoded = (visual + rows) * (width + key_value)
-        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + scores, sampling)
+        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + deciding, sampling)
 
     def kv_bytes(self, text: int, visual: int) -> int:
         """What a sequence of ``text`` tokens that keeps ``visual`` visual tokens holds. The engine's slots are a little longer

@@ -109,10 +109,10 @@ def unit_rows(features: Tensor) -> Tensor:
 
 
 def nearest_distances(unit: Tensor) -> Tensor:
-    """(n,) of ``unit_rows`` (n, width): one minus the cosine with the most similar other row, never negative; infinite for one
-    row alone."""
+    """(n,) of ``unit_rows`` (n, width), at least one: one minus the cosine with the most similar other row, never negative;
+    infinite for one row alone."""
     found = []
-    for start in range(0, len(unit), step := max(1, CHUNK_ELEMENTS // max(1, len(unit)))):
+    for start in range(0, len(unit), step := max(1, CHUNK_ELEMENTS // len(unit))):
         cosines = unit[start : start + step] @ unit.T
         cosines.diagonal(start).fill_(-torch.inf)
         found.append(1 - cosines.amax(-1))
@@ -138,7 +138,7 @@ def farthest_points(unit: Tensor, count: int, first: int, weights: Tensor | None
     for place in range(1, count):
         # A slice of one: a Python number as an index would synchronise with the device.
         last = chosen[place - 1 : place]
-        # What rounding leaves of nothing must not rank rows that lie on each other.
+        # Rounding may leave a little less than nothing.
         distances = (1 - unit @ unit[last][0]).clamp_(min=0)
         torch.minimum(worth, distances if weights is None else distances.mul_(weights), out=worth)
         # Rows that lie on chosen ones are still to be had once nothing else is; chosen ones are not.

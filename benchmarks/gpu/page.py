@@ -165,7 +165,10 @@ def _tower(part: Result) -> list[str]:
             cells = [tiles, mode, f"{one['images_per_second']:.1f}", *times, f"**{one['roofline_share']:.2f}**"]
             lines.append(row([*cells, _gigabytes(one["peak_bytes"])]))
     if "sending_seconds" in part:
-        lines += ["", f"Tiles of {part['images']} images of four come from the host in {_ms(part['sending_seconds'])} ms."]
+        lines += [
+            "",
+            f"The tiles of {part['images']} images of four tiles come from the host in {_ms(part['sending_seconds'])} ms.",
+        ]
     lines += _profile(part, "the tower on images of four tiles")
     if "attention" in part:
         heads = ["attention", "tower layer ms", "its first call", "prompt of a new length ms", "of a known one"]

@@ -24,7 +24,7 @@ PROFILE_SECONDS = 8.0
 
 def measure_tower(bench: Bench, out: Result) -> None:
     """Fills ``out["tiles"]`` by tile count and by ``tower_tiles``, ``out["sending_seconds"]``, ``out["profile"]`` and
-    ``out["attention"]``. All tiles lie on the device already."""
+    ``out["attention"]``. All tiles lie on the device already, but for those that are sent."""
     normalise = Normaliser(bench.processor, bench.device, bench.model.dtype)
     count = bench.amounts.tower_images
     out |= {"images": count, "tiles": {}}
@@ -39,7 +39,7 @@ def measure_tower(bench: Bench, out: Result) -> None:
             by_mode[mode] = _measure(bench, Tower(bench.model, normalise, mode), images, mode)
             bench.say(f"tower: {tiles} tiles, {mode}: {by_mode[mode]['images_per_second']:.1f} images/s")
             bench.save()
-    # Where they come from the host, as decoding leaves them.
+    # Those of the images with the most tiles, from the host, as decoding leaves them.
     tiles_there = torch.cat([image.pixels for image in images]).cpu()
     sent = each_seconds(bench.device, lambda: tiles_there.to(bench.device, copy=True), bench.amounts.tower_runs)
     out["sending_seconds"] = statistics.median(sent)

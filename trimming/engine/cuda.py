@@ -19,10 +19,14 @@ from transformers import MllamaForConditionalGeneration
 from trimming.engine.decode import Decode
 from trimming.engine.layers import Rotary, cross_queries, norm, self_projections, self_queries
 from trimming.engine.memory import Memory
+from trimming.engine.sequence import ceil_to
 
 logger = logging.getLogger(__name__)
 
 Attend = Callable[..., Tensor]
+
+TABLE_GRAIN = 4
+"""Numbers, of four bytes or more: Triton compiles a kernel anew for what does not begin at a multiple of 16 bytes."""
 
 
 def buckets(most: int) -> list[int]:
@@ -54,11 +58,12 @@ class GraphDecode(Decode):
         self.buckets = buckets(most)
         self.input = torch.zeros(most, dtype=torch.long, device=device)
         """(most,) the tokens of a step, a sequence each."""
-        self.table = torch.zeros(4 + 5 * geometry.cross_layers, most, dtype=torch.long, device=device)
+        columns = ceil_to(most, TABLE_GRAIN)
+        self.table = torch.zeros(4 + 5 * geometry.cross_layers, columns, dtype=torch.long, device=device)
         """All else that a step needs to know of its sequences, one behind the other, so that it is one copy to the device."""
         # Where its token stands; 1 where it is no padding; where its slot begins, and the stride from head to head in it.
         self.place, self.alive, self.self_start, self.self_stride = self.table[:4]
-        self.cross = self.table[4:].view(5, geometry.cross_layers, most)
+        self.cross = self.table[4:].view(5, geometry.cross_layers, columns)
         """See ``Segment.places``."""
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         images = model.config.vision_config.max_num_tiles * model.model.vision_model.num_patches
@@ -105,6 +110,9 @@ class GraphDecode(Decode):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compiles the kernels and captures every batch size, the largest first: smaller ones then find memory to share."""
+        # Captures run the step, which writes to the slots of rows that run.
+        if self.changed:
+            self._upload()
         for bucket in reversed(self.buckets):
             if bucket not in self.replays and self.capture:
                 self._capture(bucket)
@@ -135,7 +143,8 @@ class GraphDecode(Decode):
         table[3, count:] = width
         nowhere = torch.zeros(5 * memory.geometry.cross_layers, dtype=torch.long)
         places = [sequence.segment.places if sequence.segment else nowhere for sequence in self.running]
-        torch.stack(places, -1, out=table[4:, :count])
+        if places:
+            torch.stack(places, -1, out=table[4:, :count])
         self.table.copy_(table)
         seeing = [(row, sequence.channels) for row, sequence in enumerate(self.running) if sequence.channels]
         if self.channels is not None and seeing:
@@ -184,7 +193,7 @@ class GraphDecode(Decode):
         place = self.place[:bucket]
         cos, sin = self.rotary.at(place)
         alive, start, stride = self.alive[:bucket], self.self_start[:bucket], self.self_stride[:bucket]
-        # Whole rows: Triton compiles anew for a layer's part that begins off 16 bytes.
+        # Of whole rows, for parts that begin at multiples of ``TABLE_GRAIN``.
         length, lengths = ((place + 1) * alive).int(), self.cross[4].int()[:, :bucket]
         sees = (lengths > 0).any(0)[:, None].to(states.dtype)
         # A layer's keys, or values, in a slot; padding has no room but for one row, which all of it shares.
@@ -217,7 +226,8 @@ class GraphDecode(Decode):
         normed = norm(layer.input_layernorm, states)
         query = self_queries(attention, normed, *rotary)
         key, value = self_projections(attention, normed, *rotary)
-        key_at, value_at = 2 * index * layer_size, (2 * index + 1) * layer_size
+        key_at = 2 * index * layer_size
+        value_at = key_at + layer_size
         flat[row + key_at[:, None, None]] = key
         flat[row + value_at[:, None, None]] = value
         start, stride = self.self_start[:bucket], self.self_stride[:bucket]

@@ -55,7 +55,8 @@ class Segment:
 
     def __post_init__(self) -> None:
         rows = [(e.key, e.value, e.rows * e.key_width, e.rows * e.value_width, e.rows) for e in self.layers]
-        self.places = torch.tensor(rows, dtype=torch.long).T.flatten()
+        # Part of a model on several devices may have no cross-attention layer.
+        self.places = torch.tensor(rows, dtype=torch.long).view(-1, 5).T.flatten()
 
 
 class Memory:

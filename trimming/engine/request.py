@@ -43,7 +43,8 @@ class Completion:
     """What became of a request."""
 
     tokens: list[int]
-    """The tokens it said, a stop string's among them but not an end token."""
+    """The tokens it said, a stop string's among them but not an end token. More behind the stop string only where that holds
+    many tokens without text."""
     text: str | None
     """The tokens as text up to a stop string; None for an engine without a detokenizer."""
     finish_reason: str

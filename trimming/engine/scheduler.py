@@ -548,7 +548,7 @@ class Engine:
             return False
         # Its last tokens are enough to see one, a byte of it in each at least: the whole answer at every step would take time
         # by the square of its length. A tail may read otherwise than as a part of the whole, which has the last word.
-        tail = said[-(max(len(stop.encode()) for stop in stops) + SILENT_TOKENS) :]
+        tail = said[-(max(len(stop.encode(errors="surrogatepass")) for stop in stops) + SILENT_TOKENS) :]
         return self._cut(sequence, tail)[1] and (len(tail) == len(said) or self._cut(sequence, said)[1])
 
     def _cut(self, sequence: Sequence_, tokens: Sequence[int]) -> tuple[str, bool]:
@@ -563,6 +563,7 @@ class Engine:
         text = None
         if self.detokenize is not None:
             text, stopped = self._cut(sequence, said)
+            # Its tail may not have shown it.
             reason = "stop" if stopped else reason
         self._leave(sequence)
         assert sequence.trim is not None
