@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, make_inputs, tiny_model
+from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, Row, make_inputs, tiny_model
 
 from trimming import KeepAll, Policy, ThinK, TrimmedLlama, ZipVL
 from trimming.engine import Engine, Image, Request, scheduler
@@ -20,19 +22,25 @@ from trimming.engine.memory import Memory
 BATCH = [*BATCHES["mixed tiles"], *BATCHES["text-only among images"], *BATCHES["several images"]]
 
 
-def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") -> list[list[int]]:
-    """Tokens of nine rows of 2 to 10 tokens in three slots, on the decode step given or on the device's own."""
-    model = tiny_model().to(device)
-    inputs = make_inputs(BATCH)
+def make_requests(batch: Sequence[Row]) -> list[Request]:
+    """A request a row, of 40 tokens in all."""
+    inputs = make_inputs(batch)
     requests = []
-    for i, row in enumerate(BATCH):
+    for i, row in enumerate(batch):
         tokens = inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist()
         assert tokens.count(IMAGE) == len(row.tiles)
         assert PAD not in tokens
         pictures = [
             Image(f"{i}-{j}", inputs["pixel_values"][i, j, :tiles], RATIO_OF_TILES[tiles]) for j, tiles in enumerate(row.tiles)
         ]
-        requests.append(Request(id=str(i), tokens=tokens, images=pictures, max_new_tokens=2 + i))
+        requests.append(Request(id=str(i), tokens=tokens, images=pictures, max_new_tokens=40 - len(tokens)))
+    return requests
+
+
+def answers(policy: Policy, decode: type[Decode] | None, device: str = "cpu") -> list[list[int]]:
+    """Tokens of nine rows of 2 to 10 tokens in three slots, on the decode step given or on the device's own."""
+    model = tiny_model().to(device)
+    requests = [replace(request, max_new_tokens=2 + i) for i, request in enumerate(make_requests(BATCH))]
     chosen = scheduler._decode_for
     if decode is not None:
         made = (
@@ -84,13 +92,7 @@ def test_graphs_say_what_the_cpu_does(policy: Policy) -> None:
 def test_slots_and_segments_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third slot begins there, and segments lie behind it: what is written is what is read, by kernels of every kind."""
     options = {"normalise": lambda pixels: pixels.to("cuda"), "eos": (), "max_sequences": 3}
-    inputs = make_inputs(BATCHES["mixed tiles"][:3])
-    requests = []
-    for i in range(3):
-        tokens = inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist()
-        (tiles,) = BATCHES["mixed tiles"][i].tiles
-        picture = Image(str(i), inputs["pixel_values"][i, 0, :tiles], RATIO_OF_TILES[tiles])
-        requests.append(Request(id=str(i), tokens=tokens, images=[picture], max_new_tokens=40 - len(tokens)))
+    requests = make_requests(BATCHES["mixed tiles"][:3])
     model = tiny_model().to("cuda")
     wanted = [c.tokens for c in Engine(model, TrimmedLlama(0.2), kv_bytes=1 << 22, **options).generate(requests)]
     # All rows have one capacity: slots of a length that does not follow from it could not be resized.

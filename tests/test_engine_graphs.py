@@ -186,7 +186,7 @@ def test_where_everything_lies_is_one_copy_to_the_device(policy: Policy) -> None
 
     def see(func: Any, args: Sequence[Any], out: Any) -> None:
         if func is torch.ops.aten.copy_.default:
-            # Nor one that the host would go on beside, with what it copies from reused meanwhile.
+            # A non-blocking copy would need its source left alone until it is done.
             assert not any(args[2:])
             copies[-1].append(args[0])
 

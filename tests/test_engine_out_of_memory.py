@@ -14,7 +14,7 @@ from tiny import Row, complete, finish, lively_model, make_engine, make_prompts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from trimming import DivPrune, ElasticCache, KeepAll, Policy, TrimmedLlama
+from trimming import DivPrune, ElasticCache, KeepAll, Policy, SnapKV, TrimmedLlama
 from trimming.costs import Costs, Geometry
 from trimming.engine import Completion, Engine, Image, Request
 from trimming.engine.limits import Limit
@@ -232,7 +232,7 @@ def peak_of(run: Callable[[], object]) -> int:
     return most
 
 
-@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(0.25), DivPrune(0.5), ElasticCache(0.5)], ids=repr)
+@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(0.25), SnapKV(0.5), DivPrune(0.5), ElasticCache(0.5)], ids=repr)
 def test_stages_take_no_more_than_is_set_aside(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of memory beside weights, keys and values; nor is several times as much set aside as they take."""
     from benchmarks.model import BENCH, build_model, build_processor

@@ -243,7 +243,7 @@ def test_prompts_attend_alike_with_and_without_grouped_heads(causal: bool, monke
     query, key, value = (torch.randn(9, heads, 8) for heads in (6, 2, 2))
     query = query if causal else query[-1:]
     wanted = self_attend(query, key, value, 0.3, causal)
-    monkeypatch.setattr("trimming.engine.layers._grouping_is_slow", lambda key: True)
+    monkeypatch.setattr("trimming.engine.layers._groups_are_fast", lambda key: False)
     torch.testing.assert_close(self_attend(query, key, value, 0.3, causal), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -253,13 +253,13 @@ def test_a_long_prompts_mlps_take_a_part_at_a_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("trimming.engine.layers.MLP_ROWS", 16)
     engine = make_engine()
     rows: list[int] = []
-    for layer in engine.prefill.text.layers:
-        layer.mlp.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    note = lambda module, given: rows.append(len(given[0]))  # noqa: E731
+    hooks = [layer.mlp.register_forward_pre_hook(note) for layer in engine.prefill.text.layers]
     try:
         found = complete(engine, [prompt.request("0", 5)])[0]
     finally:
-        for layer in engine.prefill.text.layers:
-            layer.mlp._forward_pre_hooks.clear()
+        for hook in hooks:
+            hook.remove()
     assert max(rows) == 16
     assert found.tokens == wanted.tokens
 

@@ -297,6 +297,7 @@ def test_farthest_points_take_what_is_left_once_all_lies_on_the_chosen() -> None
     assert farthest_points(unit, 1, 2).tolist() == [2]
     assert nearest_distances(unit).tolist() == [0, 0, 1, 0, 1]
     assert nearest_distances(unit[:1]).tolist() == [math.inf]
+    assert nearest_distances(unit_rows(torch.randn(50, 4).repeat(2, 1))).min() >= 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -246,8 +246,8 @@ class Costs:
         # The features of a batch, their keys, values and normed keys.
         prefill = prompt * (3 * text.intermediate_size + 6 * width) + visual * (width + 3 * key_value // 2)
         prefill += each_layer * self.geometry.cross_layers * visual * key_value
-        # In fp32: attention of a chunk of rows, in three versions, or an image's features that are merged, in two, beside three
-        # as they are.
+        # The larger of: three maps of a chunk's attention in fp32; an image's features while they are merged, two copies in
+        # fp32 and three in their own dtype.
         deciding = max(3 * CHUNK_ELEMENTS * 4, vision.max_num_tiles * self.tokens * width * (2 * 4 + 3 * self.itemsize))
         # Sampling sorts and sums in fp32 and fp64.
         sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trimming.attention import CHUNK_ELEMENTS
 
@@ -104,15 +105,15 @@ def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
 
 def unit_rows(features: Tensor) -> Tensor:
     """The rows of (n, width) at length one, in float32: their products are cosines."""
-    unit = features.to(torch.float32, copy=True)
-    return unit.div_(torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=1e-12))
+    return F.normalize(features.float(), dim=-1)
 
 
 def nearest_distances(unit: Tensor) -> Tensor:
     """(n,) of ``unit_rows`` (n, width), at least one: one minus the cosine with the most similar other row, never negative;
     infinite for one row alone."""
     found = []
-    for start in range(0, len(unit), step := max(1, CHUNK_ELEMENTS // len(unit))):
+    step = max(1, CHUNK_ELEMENTS // len(unit))
+    for start in range(0, len(unit), step):
         cosines = unit[start : start + step] @ unit.T
         cosines.diagonal(start).fill_(-torch.inf)
         found.append(1 - cosines.amax(-1))

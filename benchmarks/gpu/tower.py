@@ -39,9 +39,9 @@ def measure_tower(bench: Bench, out: Result) -> None:
             by_mode[mode] = _measure(bench, Tower(bench.model, normalise, mode), images, mode)
             bench.say(f"tower: {tiles} tiles, {mode}: {by_mode[mode]['images_per_second']:.1f} images/s")
             bench.save()
-    # Those of the images with the most tiles, from the host, as decoding leaves them.
-    tiles_there = torch.cat([image.pixels for image in images]).cpu()
-    sent = each_seconds(bench.device, lambda: tiles_there.to(bench.device, copy=True), bench.amounts.tower_runs)
+    # The last images', which have the most tiles, from pageable memory as in a job.
+    on_host = torch.cat([image.pixels for image in images]).cpu()
+    sent = each_seconds(bench.device, lambda: on_host.to(bench.device, copy=True), bench.amounts.tower_runs)
     out["sending_seconds"] = statistics.median(sent)
     if bench.has(PROFILE_SECONDS):
         tower = Tower(bench.model, normalise)

@@ -77,16 +77,16 @@ def self_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, causa
     """(n, heads × D) of queries (n, heads, D) over keys and values (m, KV, D) of one prompt: each its own and those before it
     where ``causal``, else all of them."""
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    grouped = not _grouping_is_slow(key)
+    grouped = _groups_are_fast(key)
     if not grouped:
         k, v = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=grouped)
     return out[0].transpose(0, 1).flatten(1)
 
 
-def _grouping_is_slow(key: Tensor) -> bool:
-    """In fp32 torch's fast kernels on CUDA take no grouped heads; what is left holds the whole map of attention."""
-    return key.is_cuda and key.dtype == torch.float32
+def _groups_are_fast(key: Tensor) -> bool:
+    """Not in fp32 on CUDA: torch's fast kernels take no grouped heads there, and its fallback holds the whole attention map."""
+    return not (key.is_cuda and key.dtype == torch.float32)
 
 
 def mlp(module: Any, states: Tensor) -> Tensor:
