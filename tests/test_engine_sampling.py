@@ -141,6 +141,46 @@ def test_extreme_logits() -> None:
         assert choose(forbidden, [sampling], [draw]).item() == 2
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1.1e-38, 1.2e-38, 1e-30, 1e-6, 1e-3])
+def test_near_zero_a_temperature_takes_the_likeliest(temperature: float) -> None:
+    """The likeliest logits are 0.01 and more above the others."""
+    logits = make_logits(8, 50).mul(100).round().div(100)
+    logits[torch.arange(8), logits.argmax(-1)] += 0.02
+    logits[0, :5] = -torch.inf
+    logits[1] -= 100
+    logits[2] *= 1e30
+    for draw in (0.0, 0.5, 1 - 2**-53):
+        for sampling in (Sampling(temperature=temperature), Sampling(temperature=temperature, top_k=4, top_p=0.9)):
+            assert choose(logits, [sampling] * 8, [draw] * 8).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-20, 1e-4])
+def test_equal_logits_share_at_any_temperature(temperature: float) -> None:
+    """Divided by such a temperature as they are, the logits would be infinite, or too coarse to add up to a half."""
+    logits = torch.tensor([[50.0, 900.0, 900.0, -torch.inf]])
+    sampling = Sampling(temperature=temperature)
+    assert [choose(logits, [sampling], [draw]).item() for draw in (0.0, 0.49, 0.5, 0.99)] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_a_high_temperature_makes_all_tokens_equal_but_for_forbidden_ones(temperature: float) -> None:
+    logits = torch.tensor([[5.0, -torch.inf, 7.0, 1.0, 2.0]])
+    sampling = Sampling(temperature=temperature)
+    assert [choose(logits, [sampling], [draw]).item() for draw in (0.1, 0.3, 0.6, 0.9)] == [2, 0, 4, 3]
+
+
+def test_more_tokens_than_there_are_leave_all() -> None:
+    """A number that no tensor holds would be the end of the other rows too."""
+    logits = make_logits(1, 50)
+    for draw in (0.0, 0.5, 0.999):
+        found = choose(logits, [Sampling(temperature=2.0, top_k=1 << 70)], [draw])
+        assert found.tolist() == choose(logits, [Sampling(temperature=2.0)], [draw]).tolist()
+
+
+def test_who_is_greedy() -> None:
+    assert [Sampling(temperature=t).greedy for t in (0, 0.0, 1e-40, 1.1e-38, 1.2e-38, 0.5)] == [True] * 4 + [False] * 2
+
+
 def test_a_row_of_nan_disturbs_no_other() -> None:
     """It has no right answer, but on a GPU an index out of range would be the end of all rows."""
     logits = make_logits(3, 50)
@@ -170,11 +210,16 @@ def test_many_draws_follow_the_distribution(sampling: Sampling) -> None:
     [
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"temperature": 1.0, "top_k": -3}, "top_k=-3"),
+        ({"temperature": 1.0, "top_k": 2.5}, r"top_k=2\.5 must be a whole number"),
+        ({"temperature": 1.0, "top_k": True}, "top_k=True must be a whole number"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0\.0"),
         ({"temperature": 1.0, "top_p": 1.01}, r"top_p=1\.01"),
         ({"temperature": 1.0, "top_p": math.nan}, "top_p=nan"),
+        ({"seed": 1.0}, r"seed=1\.0 must be a whole number"),
+        ({"seed": None}, "seed=None must be a whole number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import (
     BATCHES,
     IMAGE,
+    RATIO_OF_TILES,
     TILE,
+    TILES,
     Prompt,
     Row,
     assert_empty,
@@ -27,6 +31,7 @@ from tiny import (
     record_logits,
 )
 from torch import Tensor
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama, VisualContext
 from trimming.engine import Completion, Engine, Image, Request, Sampling
@@ -377,16 +382,25 @@ def test_a_poisoned_prompt_fails_alone(policy: Policy, monkeypatch: pytest.Monke
     assert_equal(finish(engine, requests), wanted)
 
 
+def broken(tiles: int) -> Image:
+    return Image("broken", torch.full((tiles, 3, TILE, TILE), torch.inf), RATIO_OF_TILES[tiles])
+
+
+def refuse_broken(pixels: Tensor) -> Tensor:
+    if pixels.isinf().any():
+        raise RuntimeError("no such colour")
+    return pixels
+
+
 @pytest.mark.parametrize("seat", [0, 5, 11], ids="{}-th".format)
 def test_a_poisoned_image_fails_alone(seat: int) -> None:
-    """Tiles of another size than the model's. Images behind it go through the tower together again."""
+    """One that can't be normalised. Images behind it go through the tower together again."""
     prompts = make_prompts([Row((2,))] * 24)
     requests = [prompt.request(str(i), 3) for i, prompt in enumerate(prompts)]
     wanted = complete(make_engine(POLICY), requests)
-    engine = make_engine(POLICY)
+    engine = make_engine(POLICY, normalise=refuse_broken)
     encode = engine.tower.encode = Exhausted(engine.tower.encode, len, 99)  # type: ignore[method-assign]
-    broken = Image("broken", torch.zeros(2, 3, TILE + 14, TILE), prompts[seat].images[0].ratio_id)
-    futures = finish(engine, replaced(requests, seat, images=[broken]))
+    futures = finish(engine, replaced(requests, seat, images=[broken(2)]))
     assert_equal(futures, wanted, but=[seat])
     assert isinstance(futures[seat].exception(), RuntimeError)
     assert sum(encode.sizes) == 23
@@ -432,50 +446,101 @@ def test_a_failing_step_reaches_whoever_calls_it() -> None:
 # ---- refusals -----------------------------------------------------------------------------------------------------------
 
 
-def picture(tiles: int) -> Image:
-    return Image(f"{tiles} tiles", torch.zeros(tiles, 3, TILE, TILE), 1)
+def picture(tiles: int, ratio_id: int = 1, side: int = TILE) -> Image:
+    return Image("x", torch.zeros(tiles, 3, side, TILE), ratio_id)
+
+
+WHOLE = "; give a whole number of at least 1"
+LIST = "; give a list of ints, such as tokens.tolist() of one prompt"
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"tokens": [1, IMAGE, 5]}, "'r' has 1 image tokens for 0 images"),
-        ({"tokens": [1, 5], "images": [picture(1)]}, "'r' has 0 image tokens for 1 images"),
-        ({"tokens": [1, IMAGE, IMAGE, 5], "images": [picture(1)]}, "'r' has 2 image tokens for 1 images"),
-        ({"tokens": []}, "'r' has 0 tokens and max_new_tokens=4: both must be at least 1"),
-        ({"max_new_tokens": 0}, "'r' has 3 tokens and max_new_tokens=0: both must be at least 1"),
-        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
-        ({"max_new_tokens": 254}, "'r' may reach 257 tokens, over the model's 256"),
-        ({"tokens": [5] * 253}, "'r' may reach 257 tokens"),
-        ({"stop": ["x"]}, r"'r' has stop=\['x'\]: give texts, and the engine detokenize"),
-        ({"tokens": [1, 1000]}, "'r' has a token outside of the vocabulary"),
-        ({"tokens": [1, -1]}, "'r' has a token outside of the vocabulary"),
-        ({"tokens": [1, IMAGE], "images": [Image("x", torch.zeros(1, 3, TILE, TILE), 0)]}, "'r' has ratio_id=0, not 1 to 8"),
-        ({"tokens": [1, IMAGE], "images": [picture(0)]}, "'r' has an image of 0 tiles, not 1 to 4"),
-        ({"tokens": [1, IMAGE], "images": [picture(5)]}, "'r' has an image of 5 tiles, not 1 to 4"),
-    ],
-    ids=[
-        "token-without-image",
-        "image-without-token",
-        "image-short",
-        "no-tokens",
-        "no-answer",
-        "negative-answer",
-        "long-answer",
-        "long-prompt",
-        "stop",
-        "token",
-        "negative-token",
-        "ratio-id",
-        "no-tiles",
-        "five-tiles",
+        ({"tokens": [1, IMAGE, 5]}, "1 image tokens for 0 images"),
+        ({"tokens": [1, 5], "images": [picture(1)]}, "0 image tokens for 1 images"),
+        ({"tokens": [1, IMAGE, IMAGE, 5], "images": [picture(1)]}, "2 image tokens for 1 images"),
+        ({"tokens": []}, "no tokens; give at least one"),
+        ({"tokens": torch.tensor([1, 5])}, f"tokens of type Tensor{LIST}"),
+        ({"tokens": torch.tensor([[1, 5]])}, f"tokens of type Tensor{LIST}"),
+        ({"tokens": np.array([1, 5])}, f"tokens of type ndarray{LIST}"),
+        ({"tokens": iter([1, 5])}, f"tokens of type list_iterator{LIST}"),
+        ({"tokens": "15"}, f"tokens of type str{LIST}"),
+        ({"tokens": b"15"}, f"tokens of type bytes{LIST}"),
+        ({"tokens": None}, f"tokens of type NoneType{LIST}"),
+        ({"tokens": [[1, 5]]}, f"tokens with members of type list{LIST}"),
+        ({"tokens": [1, 5.0]}, f"tokens with members of type float{LIST}"),
+        ({"tokens": [True, True]}, f"tokens with members of type bool{LIST}"),
+        ({"tokens": list(torch.tensor([1, 5]))}, f"tokens with members of type Tensor{LIST}"),
+        ({"max_new_tokens": 0}, f"max_new_tokens=0{WHOLE}"),
+        ({"max_new_tokens": -1}, f"max_new_tokens=-1{WHOLE}"),
+        ({"max_new_tokens": 2.5}, f"max_new_tokens=2.5{WHOLE}"),
+        ({"max_new_tokens": True}, f"max_new_tokens=True{WHOLE}"),
+        ({"max_new_tokens": None}, f"max_new_tokens=None{WHOLE}"),
+        ({"max_new_tokens": 254}, "may reach 257 tokens, over the model's 256"),
+        ({"tokens": [5] * 253}, "may reach 257 tokens"),
+        ({"stop": ["y"]}, "stop=['y'], which needs text: give the engine detokenize"),
+        ({"stop": "red"}, 'stop of type str; give a list of texts, of a single one too: stop=["..."]'),
+        ({"stop": None}, "stop of type NoneType; give a list of texts"),
+        ({"stop": (text for text in ["red"])}, "stop of type generator; give a list of texts"),
+        ({"stop": [b"red"]}, "stop with members of type bytes; give a list of texts"),
+        ({"stop": [7]}, "stop with members of type int; give a list of texts"),
+        ({"stop": ["red", ""]}, "an empty text in stop, which would end every answer; leave it out"),
+        ({"tokens": [1, 1000]}, "a token outside of the vocabulary"),
+        ({"tokens": [1, -1]}, "a token outside of the vocabulary"),
+        ({"images": picture(1)}, "images of type Image; give a list of Image, of a single one too: images=[image]"),
+        ({"images": [torch.zeros(1, 3, TILE, TILE)]}, "images with members of type Tensor; give a list of Image"),
     ],
 )
 def test_requests_that_cannot_be_run_are_refused(fields: dict[str, Any], said: str) -> None:
     engine = make_engine()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"^request 'r' (has )?{re.escape(said)}"):
         engine.submit(Request(**{"id": "r", "tokens": [1, 5, 6], "max_new_tokens": 4, **fields}))
     assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (picture(0), "0 tiles, not 1 to 4"),
+        (picture(5), "5 tiles, not 1 to 4"),
+        (picture(1, 0), "ratio_id=0, not 1 to 8"),
+        (picture(1, 9), "ratio_id=9, not 1 to 8"),
+        (picture(1, 4), "1 tiles and ratio_id=4, which arranges 4; ids of 1 tiles are 1"),
+        (picture(4, 3), "4 tiles and ratio_id=3, which arranges 3; ids of 4 tiles are 4, 6, 8"),
+        (picture(1, side=56), "pixels (1, 3, 56, 42); the model's are (tiles, 3, 42, 42)"),
+        (Image("x", torch.zeros(3, TILE, TILE), 1), "pixels (3, 42, 42); the model's are (tiles, 3, 42, 42)"),
+        (Image("x", torch.zeros(1, TILE, TILE, 3), 1), "pixels (1, 42, 42, 3); the model's are (tiles, 3, 42, 42)"),
+        (Image("x", torch.zeros(()), 1), "pixels (); the model's are (tiles, 3, 42, 42)"),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_refused(image: Image, said: str) -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match=re.escape(f"request 'r' has an image 'x' of {said}")):
+        engine.submit(Request(id="r", tokens=[1, IMAGE, 5], images=[image], max_new_tokens=4))
+    assert_empty(engine)
+
+
+def test_images_of_other_types_are_refused() -> None:
+    pixels: Any = np.zeros((1, 3, TILE, TILE), np.uint8)
+    with pytest.raises(ValueError, match="'x' has pixels of type ndarray; give a tensor"):
+        Image("x", pixels, 1)
+    number: Any = 1.0
+    with pytest.raises(ValueError, match=r"'x' has ratio_id=1\.0, which is no int; give int\(ratio_id\)"):
+        picture(1, number)
+
+
+def test_every_ratio_id_has_the_tiles_of_the_processors_table() -> None:
+    grids = get_all_supported_aspect_ratios(TILES)
+    assert make_engine().tiles_of_ratio == [rows * columns for rows, columns in grids]
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    """``list(array)`` holds such."""
+    (plain,) = complete(make_engine(), [Request(id="r", tokens=[1, 5, 6], max_new_tokens=4)])
+    tokens, length = list(np.array([1, 5, 6])), np.int64(4)
+    (same,) = complete(make_engine(), [Request(id="r", tokens=tokens, max_new_tokens=length)])  # type: ignore[arg-type]
+    assert same.tokens == plain.tokens
 
 
 def test_a_request_may_reach_the_models_length() -> None:
@@ -618,14 +683,13 @@ def test_an_error_reaches_all_who_wait(serving: Callable[[Engine], Service]) -> 
 
 
 def test_a_failed_request_does_not_end_the_service(serving: Callable[[Engine], Service]) -> None:
-    engine = make_engine()
+    engine = make_engine(normalise=refuse_broken)
     service = serving(engine)
     (prompt,) = make_prompts([Row((1,))])
-    broken = Prompt(prompt.tokens, [Image("broken", torch.zeros(1, 3, TILE + 14, TILE), 1)], {})
-    with pytest.raises(RuntimeError):
-        engine.submit(broken.request("0")).result(timeout=10)
-    with pytest.raises(ValueError, match="max_new_tokens=0"):
-        engine.submit(prompt.request("1", 0))
+    with pytest.raises(RuntimeError, match="no such colour"):
+        engine.submit(Prompt(prompt.tokens, [broken(1)], {}).request("0")).result(timeout=10)
+    with pytest.raises(ValueError, match="over the model's 256"):
+        engine.submit(prompt.request("1", 256))
     assert engine.submit(prompt.request("2")).result(timeout=10).output_tokens == 10
     service.end()
     assert service.error is None
@@ -668,6 +732,7 @@ def test_unknown_names_are_refused(wrong: dict[str, Any]) -> None:
 def test_a_batch_with_a_request_that_cannot_be_run_leaves_nothing_behind() -> None:
     engine = make_engine(POLICY)
     requests = make_requests()
-    with pytest.raises(ValueError, match="max_new_tokens=0"):
-        engine.generate([*requests, replace(requests[0], max_new_tokens=0)])
+    long = replace(requests[0], max_new_tokens=256)
+    with pytest.raises(ValueError, match="over the model's 256"):
+        engine.generate([*requests, long])
     assert not engine.waiting

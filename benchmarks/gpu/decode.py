@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,7 @@ from benchmarks.ours import Ours
 from pipeline.images import Normaliser
 from trimming import Grid, KeepAll, Policy
 from trimming.costs import Look
-from trimming.engine import Image, Request
+from trimming.engine import Request
 from trimming.engine.layers import computing_on
 from trimming.engine.memory import GRAIN, Memory, spare_bytes
 from trimming.engine.scheduler import SLOT_GRAIN, activation_bytes, out_of_memory
@@ -112,6 +113,7 @@ class Crowd:
         limit = 1 << 50
         self.engine = Ours(bench.model, bench.processor, self.largest, self.kv_bytes).engine(policy, limit)
         self.submitted = 0
+        self.picture = random_images(bench, TILES, 1)[0]
 
     def measure(self, batch: int) -> Result:
         """The step of ``batch`` sequences, and the first one, which compiles kernels and captures a graph."""
@@ -164,8 +166,8 @@ class Crowd:
         self.submitted += 1
         word = len(self.bench.processor.tokenizer) // 2
         tokens = [self.bench.model.config.image_token_index, *[word] * (self.context - 1)]
-        # Nothing looks at its pixels but for their number of tiles.
-        image = Image(key, torch.zeros(TILES, 0, dtype=torch.uint8), 1)
+        # Nothing looks at its pixels but for their shape.
+        image = replace(self.picture, key=key)
         return Request(id=key, tokens=tokens, images=[image], max_new_tokens=self.more)
 
     def rewind(self) -> None:

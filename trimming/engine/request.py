@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import Tensor
 
-from trimming.engine.sampling import GREEDY, Sampling
+from trimming.engine.sampling import GREEDY, Sampling, whole
 from trimming.samples import SampleTrim
 
 
@@ -21,6 +22,12 @@ class Image:
     """(tiles, 3, side, side) uint8, real tiles only."""
     ratio_id: int
     """The model's number for the tiles' arrangement, from 1."""
+
+    def __post_init__(self) -> None:
+        if not issubclass(kind := type(self.pixels), Tensor):
+            raise ValueError(f"image {self.key!r} has pixels of type {kind.__name__}; give a tensor (tiles, 3, side, side)")
+        if not whole(self.ratio_id):
+            raise ValueError(f"image {self.key!r} has ratio_id={self.ratio_id!r}, which is no int; give int(ratio_id)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,6 +43,30 @@ class Request:
     sampling: Sampling = GREEDY
     stop: Sequence[str] = ()
     """Texts that end the answer and are cut off it."""
+
+    def __post_init__(self) -> None:
+        for name, (kind, remedy) in _LISTS.items():
+            given = getattr(self, name)
+            # A text is a sequence too, of texts.
+            if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+                raise ValueError(f"request {self.id!r} has {name} of type {type(given).__name__}; {remedy}")
+            for other in set(map(type, given)):
+                if not issubclass(other, kind) or other is bool:
+                    raise ValueError(f"request {self.id!r} has {name} with members of type {other.__name__}; {remedy}")
+        if not self.tokens:
+            raise ValueError(f"request {self.id!r} has no tokens; give at least one")
+        if not whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            given = f"max_new_tokens={self.max_new_tokens!r}"
+            raise ValueError(f"request {self.id!r} has {given}; give a whole number of at least 1")
+        if not all(self.stop):
+            raise ValueError(f"request {self.id!r} has an empty text in stop, which would end every answer; leave it out")
+
+
+_LISTS = {
+    "tokens": (Integral, "give a list of ints, such as tokens.tolist() of one prompt"),
+    "images": (Image, "give a list of Image, of a single one too: images=[image]"),
+    "stop": (str, 'give a list of texts, of a single one too: stop=["..."]'),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_FLOAT = torch.finfo(torch.float32)
+
+
+def whole(number: object) -> bool:
+    """Whether it is an integer, numpy's among them. True and False are none."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +34,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative; 0 takes the likeliest token")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; None keeps all tokens")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be finite and not negative; 0 takes the likeliest token")
+        if self.top_k is not None and not (whole(self.top_k) and self.top_k >= 1):
+            raise ValueError(f"top_k={self.top_k} must be a whole number of at least 1; None keeps all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not whole(self.seed):
+            raise ValueError(f"seed={self.seed} must be a whole number; 0 is the default")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken: at 0, and so close to it that float32 can't divide by it."""
+        return self.temperature < _FLOAT.tiny
 
     def stream(self, id: str, length: int) -> Sequence[float]:
         """``length`` uniform numbers in [0, 1), one a token: decided by ``seed`` and ``id``, whatever runs beside the row."""
@@ -53,7 +69,7 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]
         (B,) long.
     """
     best = logits.argmax(-1)
-    rows = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
+    rows = [i for i, sampling in enumerate(samplings) if not sampling.greedy]
     if rows:
         best[rows] = _sample(logits[rows].float(), [samplings[i] for i in rows], [draws[i] for i in rows])
     return best
@@ -62,10 +78,12 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]
 def _sample(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
     """By inverting the cumulated probabilities, likeliest token first: one uniform number decides a token."""
     device, vocabulary = logits.device, logits.shape[-1]
-    temperature = torch.tensor([s.temperature for s in samplings], device=device)
-    most = torch.tensor([s.top_k or vocabulary for s in samplings], device=device)
+    temperature = torch.tensor([min(s.temperature, _FLOAT.max) for s in samplings], device=device)
+    most = torch.tensor([min(s.top_k or vocabulary, vocabulary) for s in samplings], device=device)
     mass = torch.tensor([s.top_p or 1.0 for s in samplings], device=device)
-    ordered, tokens = (logits / temperature[:, None]).sort(descending=True, stable=True)
+    ordered, tokens = logits.sort(descending=True, stable=True)
+    # The likeliest's becomes 0: what overflows is far below it, and has no probability.
+    ordered = (ordered - ordered[:, :1]) / temperature[:, None]
     ordered = ordered.masked_fill(torch.arange(vocabulary, device=device) >= most[:, None], -torch.inf)
     probability = ordered.softmax(-1)
     # A token stays while the likelier ones have not reached the mass yet, so the likeliest always does.

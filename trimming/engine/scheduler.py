@@ -106,6 +106,10 @@ class Engine:
         self.image_token: int = model.config.image_token_index
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.max_length: int = model.config.text_config.max_position_embeddings
+        vision = model.config.vision_config
+        self.side: int = vision.image_size
+        # The first is that of ratio_id 1.
+        self.tiles_of_ratio: list[int] = [rows * columns for rows, columns in vision.supported_aspect_ratios]
         self.tower = Tower(model, normalise, tower_tiles, keep_padding=rows == "transformers")
         self.images = ImageCache(image_cache_bytes)
         self.geometry = Geometry.of(model.config)
@@ -142,7 +146,7 @@ class Engine:
         # It can no longer be cancelled: the engine would trip over it when it has its result.
         future.set_running_or_notify_cancel()
         sequence = Sequence_(request, future, image_spans(request.tokens, self.image_token))
-        if request.sampling.temperature > 0:
+        if not request.sampling.greedy:
             sequence.draws = request.sampling.stream(request.id, request.max_new_tokens)
         with self._arrived:
             if self.failed is not None:
@@ -231,27 +235,35 @@ class Engine:
         self.memory.reset_peaks()
 
     def _check(self, request: Request) -> None:
-        places = sum(token == self.image_token for token in request.tokens)
+        places = request.tokens.count(self.image_token)
         if places != len(request.images):
             raise ValueError(f"request {request.id!r} has {places} image tokens for {len(request.images)} images")
-        if not request.tokens or request.max_new_tokens < 1:
-            given = f"{len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens}"
-            raise ValueError(f"request {request.id!r} has {given}: both must be at least 1")
         length = len(request.tokens) + request.max_new_tokens
         if length > self.max_length:
             raise ValueError(f"request {request.id!r} may reach {length} tokens, over the model's {self.max_length}")
         # On CUDA an index out of bounds would end the whole engine.
         if not 0 <= min(request.tokens) <= max(request.tokens) < self.vocabulary:
             raise ValueError(f"request {request.id!r} has a token outside of the vocabulary of {self.vocabulary}")
-        if request.stop and (self.detokenize is None or not all(request.stop)):
-            raise ValueError(f"request {request.id!r} has stop={request.stop}: give texts, and the engine detokenize")
+        if request.stop and self.detokenize is None:
+            raise ValueError(f"request {request.id!r} has stop={request.stop}, which needs text: give the engine detokenize")
         for image in request.images:
-            if not 1 <= len(image.pixels) <= self.tower.max_tiles:
-                raise ValueError(
-                    f"request {request.id!r} has an image of {len(image.pixels)} tiles, not 1 to {self.tower.max_tiles}"
-                )
-            if not 1 <= image.ratio_id <= self.tower.max_ratio_id:
-                raise ValueError(f"request {request.id!r} has ratio_id={image.ratio_id}, not 1 to {self.tower.max_ratio_id}")
+            if fault := self._fault(image):
+                raise ValueError(f"request {request.id!r} has an image {image.key!r} of {fault}")
+
+    def _fault(self, image: Image) -> str | None:
+        """What is wrong with it and what would be right, if anything."""
+        shape, side, counts = tuple(image.pixels.shape), self.side, self.tiles_of_ratio
+        if shape[1:] != (3, side, side):
+            return f"pixels {shape}; the model's are (tiles, 3, {side}, {side})"
+        tiles, id = shape[0], image.ratio_id
+        if not 1 <= tiles <= self.tower.max_tiles:
+            return f"{tiles} tiles, not 1 to {self.tower.max_tiles}"
+        if not 1 <= id <= self.tower.max_ratio_id:
+            return f"ratio_id={id}, not 1 to {self.tower.max_ratio_id}"
+        if counts[id - 1] != tiles:
+            fitting = ", ".join(str(n) for n, count in enumerate(counts, 1) if count == tiles)
+            return f"{tiles} tiles and ratio_id={id}, which arranges {counts[id - 1]}; ids of {tiles} tiles are {fitting}"
+        return None
 
     # ---- admission ------------------------------------------------------------------------------------------------------
 
