@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 MAX_PIXELS = 20_000_000
 MAX_ASPECT = 100
@@ -19,7 +20,7 @@ def decode(data: bytes) -> Image.Image:
     """The first frame as RGB, upright. Raises ``ImageError`` for whatever Pillow can't load and for images out of bounds."""
     with _opened(data) as image:
         try:
-            image.load()
+            _load(image, data)
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them: all of it is this row's error
             raise ImageError(f"the image can't be decoded: {_said(error)}") from error
         _check_size(image)
@@ -55,6 +56,28 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _load(image: Image.Image, data: bytes) -> None:
+    """Loads the samples of the file ``data`` and makes its transparent value one of them.
+
+    A PNG file has that value in its own bits, as does Pillow, which scales grey of 2 and 4 bits to 8 and halves RGB of 16.
+    """
+    layout = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
+    image.load()
+    value = image.info.get("transparency")
+    if value is None:
+        return
+    if layout in ("L;2", "L;4"):
+        image.info["transparency"] = value * {"L;2": 0x55, "L;4": 0x11}[layout]
+    elif layout == "RGB;16B":
+        # Colours that differ in their lower bytes alone are two: read in the other byte order, the file gives those.
+        with PngImageFile(io.BytesIO(data)) as lower:
+            lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+            clear = (np.asarray(lower) == [v & 0xFF for v in value]).all(-1)
+        clear &= (np.asarray(image) == [v >> 8 for v in value]).all(-1)
+        del image.info["transparency"]
+        image.putalpha(Image.fromarray(~clear * np.uint8(255)))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -83,7 +106,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """An 8-bit grey image of 16-bit, 32-bit or floating-point samples.
+    """An 8-bit grey image of 16-bit, 32-bit or floating-point samples, over white.
 
     16-bit samples are scaled by their type; wider ones, whose files don't say their range, by the range that they fit.
     """
@@ -95,4 +118,8 @@ def _scaled(image: Image.Image) -> Image.Image:
         ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         low, high = 0.0, next((c for c in ceilings if high <= c), high)
     span = high - low or 1.0
-    return Image.fromarray(np.rint((samples - low) / span * 255).clip(0, 255).astype(np.uint8))
+    grey = np.rint((samples - low) / span * 255).clip(0, 255).astype(np.uint8)
+    if "transparency" in image.info:
+        # A value of the samples as they were. Pillow's own conversions know it in 8 bits alone.
+        grey[samples == image.info["transparency"]] = 255
+    return Image.fromarray(grey)

@@ -112,13 +112,104 @@ def test_a_broken_exif_block_spoils_nothing(picture: Callable[..., bytes]) -> No
     assert pictures.decode(data).size == (100, 80)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+def png_header(width: int, height: int, depth: int = 8, colours: int = 2, interlaced: bool = False) -> bytes:
+    fields = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", fields)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """It has no pixels."""
+    return png_header(width, height) + chunk(b"IEND", b"")
+
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
+
+
+def png(depth: int, colours: int, row: bytes, *before: tuple[bytes, bytes], width: int) -> bytes:
+    """A PNG of one row, written by hand: Pillow writes none of most of these."""
+    chunks = b"".join(chunk(kind, body) for kind, body in before)
+    return png_header(width, 1, depth, colours) + chunks + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+def wide(*values: int) -> bytes:
+    """Numbers of 16 bits."""
+    return struct.pack(f">{len(values)}H", *values)
+
+
+NEARLY = wide(0x1234, 0x2000, 0x3001, 0x1234, 0x2000, 0x3000, 0x1212, 0x2020, 0x3030)
+"""The transparent colour between two that differ from it in their lower bytes."""
+COLOURS = (b"PLTE", bytes([10, 20, 30, 200, 30, 30, 0, 0, 0, 9, 9, 9]))
+WHITE = [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(1, GREY, b"\x40", (b"tRNS", wide(0)), width=2), [255, 255]),
+        (png(1, GREY, b"\x40", (b"tRNS", wide(1)), width=2), [0, 255]),
+        # Samples 0, 1, 2 and 3.
+        (png(2, GREY, b"\x1b", (b"tRNS", wide(1)), width=4), [0, 255, 170, 255]),
+        (png(2, GREY, b"\x1b", width=4), [0, 85, 170, 255]),
+        # Samples 0, 1, 5 and 15.
+        (png(4, GREY, b"\x01\x5f", (b"tRNS", wide(5)), width=4), [0, 17, 255, 255]),
+        (png(8, GREY, b"\x07\x09", (b"tRNS", wide(7)), width=2), [255, 9]),
+        (png(16, GREY, wide(0x1234, 0x1235, 0x3412), (b"tRNS", wide(0x1234)), width=3), [255, 18, 52]),
+        (png(16, GREY, wide(0, 300, 65535), (b"tRNS", wide(0)), width=3), [255, 1, 255]),
+        (png(8, RGB, b"\x07\x08\x09\x07\x08\x0a", (b"tRNS", wide(7, 8, 9)), width=2), [WHITE, [7, 8, 10]]),
+        (
+            png(16, RGB, NEARLY, (b"tRNS", wide(0x1234, 0x2000, 0x3000)), width=3),
+            [[18, 32, 48], WHITE, [18, 32, 48]],
+        ),
+        (png(16, RGB, NEARLY, width=3), [[18, 32, 48]] * 3),
+        (png(1, PALETTE, b"\x40", COLOURS, (b"tRNS", b"\0"), width=2), [WHITE, [200, 30, 30]]),
+        # The third half clear; the fourth, which the chunk leaves out, not at all.
+        (png(2, PALETTE, b"\x1b", COLOURS, (b"tRNS", b"\xff\0\x80"), width=4), [[10, 20, 30], WHITE, [127] * 3, [9] * 3]),
+        (png(16, GREY_ALPHA, wide(0, 0, 0, 0x8080, 0x8080, 0xFFFF), width=3), [255, 127, 128]),
+        (png(16, RGB_ALPHA, wide(0, 0, 0, 0, 0x8080, 0, 0, 0xFFFF), width=2), [WHITE, [128, 0, 0]]),
+    ],
+    ids=[
+        "1-black",
+        "1-white",
+        "2",
+        "2-opaque",
+        "4",
+        "8",
+        "16",
+        "16-black",
+        "rgb-8",
+        "rgb-16",
+        "rgb-16-opaque",
+        "palette-1",
+        "palette-2",
+        "grey-alpha-16",
+        "rgb-alpha-16",
+    ],
+)
+def test_transparency_of_every_kind_of_png(data: bytes, expected: list[Any]) -> None:
+    pixels = [[value] * 3 if isinstance(value, int) else value for value in expected]
+    assert np.asarray(pictures.decode(data)).tolist() == [pixels]
+
+
+def test_a_transparent_colour_of_an_interlaced_and_turned_png() -> None:
+    """Two pixels, each by itself in a pass; the tag says that their row is a column, upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    chunks = chunk(b"tRNS", wide(0x1234, 0x2000, 0x3000)) + chunk(b"eXIf", exif.tobytes()[6:])
+    rows = zlib.compress(b"\0" + wide(0x1234, 0x2000, 0x3000) + b"\0" + wide(0x1235, 0x2000, 0x3000))
+    data = png_header(2, 1, 16, RGB, interlaced=True) + chunks + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    assert np.asarray(pictures.decode(data)).tolist() == [[[18, 32, 48]], [WHITE]]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_a_transparent_value_of_wide_samples(mode: str) -> None:
+    image = Image.new(mode, (2, 1), 25700)
+    image.putpixel((1, 0), 25701)
+    image.info["transparency"] = 25701
+    assert np.asarray(pictures.rgb(image)).tolist() == [[[100] * 3, WHITE]]
 
 
 @pytest.mark.parametrize(
@@ -127,12 +218,12 @@ def png_header(width: int, height: int) -> bytes:
         (b"not an image", "not an image"),
         (b"", "not an image"),
         (b"<svg></svg>", "not an image"),
-        (png_header(5000, 4001), "over 20 megapixels"),
-        (png_header(60000, 60000), "pixels"),
-        (png_header(2**31 - 1, 1), "pixels"),
-        (png_header(101, 1), "over 100:1"),
-        (png_header(20000, 20), "over 100:1"),
-        (png_header(100, 100), "can't be decoded"),
+        (png_claiming(5000, 4001), "over 20 megapixels"),
+        (png_claiming(60000, 60000), "pixels"),
+        (png_claiming(2**31 - 1, 1), "pixels"),
+        (png_claiming(101, 1), "over 100:1"),
+        (png_claiming(20000, 20), "over 100:1"),
+        (png_claiming(100, 100), "can't be decoded"),
         (encoded(RED, "PNG")[:-30], "can't be decoded"),
         (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:900], "can't be decoded"),
     ],
