@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pipeline import errors
+from pipeline.listing import describe
 from pipeline.plan import Plan
 from pipeline.units import bytes_fetched
 
@@ -40,17 +42,23 @@ def heading(plan: Plan) -> str:
     return f"{parts}; {config.model}, {config.policy}{options}{tiles}"
 
 
-def advice(plan: Plan) -> str | None:
-    """What to do about shards that are dear to read, in one line."""
+def skipped(plan: Plan) -> list[str]:
+    """What lies in the input and is not read, in a line where there is such."""
+    return [describe(plan.skipped)] if plan.skipped else []
+
+
+def advice(plan: Plan) -> list[str]:
+    """What is not read, and what to do about shards that are dear to read, in lines."""
     once = sum(unit.bytes for unit in plan.remaining)
     fetched = bytes_fetched(plan.shards, plan.remaining)
     if fetched - once < MUCH:
-        return None
+        return skipped(plan)
     largest = max(max(shard.groups, default=0) for shard in plan.shards)
-    return (
+    return [
+        *skipped(plan),
         f"{size(fetched)} will be read for {size(once)} of shards, as their row groups of up to {largest:,} rows are read "
-        f"whole for each unit of {plan.config.unit_rows}; rewrite them with smaller row groups, or raise unit_rows"
-    )
+        f"whole for each unit of {plan.config.unit_rows}; rewrite them with smaller row groups, or raise unit_rows",
+    ]
 
 
 def dry_run(plan: Plan) -> str:
@@ -69,9 +77,7 @@ def dry_run(plan: Plan) -> str:
         f"roles       image {plan.columns.image!r}, id {plan.columns.id!r}, answer {plan.columns.answer!r}",
         f"prompt      {example_prompt(plan)!r}",
     ]
-    if (said := advice(plan)) is not None:
-        lines.append(f"reading     {said}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"reading     {said}" for said in advice(plan))])
 
 
 def example_prompt(plan: Plan) -> str:
@@ -99,7 +105,7 @@ def table(summary: dict[str, Any], output: str) -> str:
     lines = [
         ("rows", f"{rows:,}"),
         ("errors", f"{summary['errors']:,}"),
-        *((f"  {found['rows']:,}", kind) for kind, found in list(summary.get("error_kinds", {}).items())[:KINDS]),
+        *((f"  {found['rows']:,}", said) for found, said in _kinds(summary)),
         ("seconds", f"{seconds:.1f}, {working:.1f} of them with the cluster up"),
         # Over all starts of the run, unlike the seconds.
         ("images/s per actor", f"{summary['images'] / actors:.1f}, once its model is loaded" if actors else "-"),
@@ -119,12 +125,17 @@ def table(summary: dict[str, Any], output: str) -> str:
 def too_many_errors(summary: dict[str, Any], most: float) -> str:
     """Why a run that is written ends with an error, in one line."""
     share = summary["errors"] / summary["rows"]
-    # In the order of their frequency.
-    kind, found = next(iter(summary["error_kinds"].items()))
+    found, said = _kinds(summary)[0]
     return (
         f"all rows are written, and {share:.1%} of them have an error, over max_error_rate={most:g}; most often "
-        f"({count(found['rows'], 'row')}): {kind} (ids {', '.join(found['ids'])})"
+        f"({count(found['rows'], 'row')}): {said} (ids {', '.join(found['ids'])})"
     )
+
+
+def _kinds(summary: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The most frequent kinds of errors, each with one row's own words."""
+    kinds = list(summary.get("error_kinds", {}).items())[:KINDS]
+    return [(found, errors.example(name, found)) for name, found in kinds]
 
 
 def cause(error: BaseException) -> str:

@@ -421,6 +421,7 @@ def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
     from pipeline.model import build_policy, load_model, load_processor
     from trimming.engine import Sampling
 
+    checkpoint.check()
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     return Engine(
         load_model(checkpoint, config.dtype, _devices(config)),

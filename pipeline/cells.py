@@ -111,7 +111,7 @@ def resolve(uri: str, roots: Sequence[Storage], shard: str) -> tuple[Storage, st
         path = _path(uri, root, roots[0].path(shard) if root is roots[0] else None)
         if path is None:
             continue
-        real: Callable[[str], str] = os.path.realpath if root.local else posixpath.normpath
+        real: Callable[[str], str] = os.path.realpath if root.local else _normal
         if real(path).startswith(real(root.open()[1]).rstrip("/") + "/"):
             return root, real(path)
     raise ValueError(f"{uri}: outside the folders where images are read (the input's own, and image_roots)")
@@ -126,8 +126,22 @@ def _path(uri: str, root: Storage, shard: str | None) -> str | None:
     if root.local:
         parts = urlsplit(uri)
         return unquote(parts.path) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
+    fs, _ = root.open()
+    # s3 and s3a, or gs and gcs, are one filesystem.
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     scheme, path = uri.split("://", 1)
-    return path if scheme == root.url.split("://", 1)[0] else None
+    return path if scheme in protocols else None
+
+
+def _normal(key: str) -> str:
+    """``key`` of an object store without ``.`` and ``..``; an empty name between two slashes is one of its names."""
+    names: list[str] = []
+    for name in key.split("/"):
+        if name == "..":
+            del names[-1:]
+        elif name != ".":
+            names.append(name)
+    return "/".join(names)
 
 
 def strings(column: pa.ChunkedArray | pa.Array) -> Sequence[str | None]:

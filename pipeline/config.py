@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 Job = Literal["answer", "caption"]
@@ -199,6 +200,13 @@ class RunConfig:
     """Cluster to join (``auto``, ``host:port``); default: RAY_ADDRESS, else Ray is started on this machine alone."""
 
     def __post_init__(self) -> None:
+        for name in ("image_roots", "stop"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name}={value!r} is one text; give a list of texts: [{value!r}]")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name}={value} is not a finite number; give one, or leave it out")
         for name in ("input", "output", "model"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} is empty; give a path or a name")

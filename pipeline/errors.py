@@ -13,10 +13,10 @@ OTHER = "other errors"
 
 # An image's address stands in front of what is wrong with it: it has a dot or a slash and no space.
 _ADDRESS = re.compile(r"^\S*[./]\S*: ")
-_NUMBER = re.compile(r"\d[\d.,]*")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 Kinds = dict[str, dict[str, Any]]
-"""By kind: ``rows``, and the ``ids`` of the first few."""
+"""By kind: ``rows``, the ``ids`` of the first few, and the first one's own words as ``example``."""
 
 
 def kind(error: str) -> str:
@@ -28,7 +28,7 @@ def count(errors: Iterable[tuple[str, str]]) -> Kinds:
     """Of pairs (id, error)."""
     kinds: Kinds = {}
     for id, error in errors:
-        _add(kinds, kind(error), 1, [id])
+        _add(kinds, kind(error), {"rows": 1, "ids": [id], "example": error})
     return kinds
 
 
@@ -37,13 +37,18 @@ def merge(all_kinds: Iterable[Mapping[str, Mapping[str, Any]]]) -> Kinds:
     merged: Kinds = {}
     for kinds in all_kinds:
         for name, found in kinds.items():
-            _add(merged, name, found["rows"], found["ids"])
+            _add(merged, name, found)
     return dict(sorted(merged.items(), key=lambda item: -item[1]["rows"]))
 
 
-def _add(kinds: Kinds, name: str, rows: int, ids: Iterable[str]) -> None:
+def example(name: str, found: Mapping[str, Any]) -> str:
+    """The kind in the words of its first row, numbers and names included. (Runs of earlier versions have noted none.)"""
+    return str(found.get("example", name))
+
+
+def _add(kinds: Kinds, name: str, more: Mapping[str, Any]) -> None:
     if name not in kinds and len(kinds) >= KINDS:
         name = OTHER
-    found = kinds.setdefault(name, {"rows": 0, "ids": []})
-    found["rows"] += rows
-    found["ids"] = [*found["ids"], *ids][:EXAMPLES]
+    found = kinds.setdefault(name, {"rows": 0, "ids": [], "example": example(name, more) if name != OTHER else OTHER})
+    found["rows"] += more["rows"]
+    found["ids"] = [*found["ids"], *more["ids"]][:EXAMPLES]

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.cells import strings
+from pipeline.parquet import open_parquet
 from pipeline.storage import Storage
 from pipeline.units import Unit, damaged
 
@@ -58,7 +58,7 @@ def _ids(root: Storage, shard: str, stop: int, column: str) -> Iterator[tuple[in
     row = 0
     try:
         with fs.open(root.path(shard), "rb") as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=[column], use_threads=False):
+            for batch in open_parquet(handle).iter_batches(_BATCH, columns=[column], use_threads=False):
                 for id in strings(batch.column(0)):
                     if row >= stop:
                         return

@@ -6,7 +6,9 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
     from trimming import Policy
 
 
-@dataclass(frozen=True, slots=True)
+# What is loaded of a folder, and so decides the answers: weights, configurations, tokenizer, templates.
+_LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
+_PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Where the model's files are, and which ones."""
 
@@ -27,14 +34,53 @@ class Checkpoint:
     """Folder, or name on the Hub."""
     revision: str | None
     """Commit on the Hub; None for a folder."""
-    identity: str
-    """Commit, or a digest of the folder's configuration and file sizes: tells whether two runs had one model."""
     config: dict[str, Any]
     """Its config.json."""
 
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Digests of what is loaded of a folder, by name: all of it is read, on all cores, when first asked for. Empty for the
+        Hub, where the commit says as much."""
+        if self.revision is not None:
+            return {}
+        folder = Path(self.source)
+        found = sorted({path for pattern in _LOADED for path in folder.glob(pattern)})
+        pieces = [(path, start) for path in found for start in range(0, path.stat().st_size, _PIECE)]
+        digests: dict[str, Any] = {str(path.relative_to(folder)): hashlib.sha256() for path in found}
+        with ThreadPoolExecutor() as pool:
+            for (path, _), digest in zip(pieces, pool.map(_piece, pieces), strict=True):
+                digests[str(path.relative_to(folder))].update(digest)
+        return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+
+    @property
+    def identity(self) -> str:
+        """Commit, or a digest of ``files``: tells whether two runs had one model."""
+        return self.revision or hashlib.sha256(json.dumps(self.files).encode()).hexdigest()[:16]
+
+    @property
+    def bytes(self) -> int:
+        """Of a folder's weights; 0 for the Hub."""
+        return 0 if self.revision is not None else sum(path.stat().st_size for path in Path(self.source).glob("*.safetensors"))
+
+    def check(self) -> None:
+        """Raises ``ValueError`` where the folder holds something else than when ``identity`` was first asked for: another
+        machine's folder of this name, or one that was saved over since."""
+        now = Checkpoint(self.source, self.revision, self.config)
+        if now.identity != self.identity:
+            there, here = self.files, now.files
+            differ = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+            raise ValueError(f"model={self.source!r} is not the one that this run began with; changed: {', '.join(differ[:3])}")
+
+
+def _piece(piece: tuple[Path, int]) -> bytes:
+    path, start = piece
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(_PIECE)).digest()
+
 
 def find_checkpoint(model: str, revision: str | None) -> Checkpoint:
-    """Looks at config.json alone. Raises ``ValueError``, in one line, for a checkpoint that is missing, gated or no Mllama."""
+    """Reads config.json alone. Raises ``ValueError``, in one line, for a checkpoint that is missing, gated or no Mllama."""
     folder = Path(model).expanduser()
     checkpoint = _local(folder, revision) if folder.exists() else _on_hub(model, revision)
     kind = checkpoint.config.get("model_type")
@@ -53,13 +99,9 @@ def _local(folder: Path, revision: str | None) -> Checkpoint:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"model={str(folder)!r} has no config.json; name a folder that save_pretrained wrote")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    if not any(folder.glob("*.safetensors")):
         raise ValueError(f"model={str(folder)!r} holds no *.safetensors; weights are read from nothing else")
-    parsed = _parse(config.read_text(), str(folder))
-    sizes = [(p.name, p.stat().st_size) for p in weights]
-    identity = hashlib.sha256(json.dumps([parsed, sizes], sort_keys=True).encode()).hexdigest()[:16]
-    return Checkpoint(str(folder.resolve()), None, identity, parsed)
+    return Checkpoint(str(folder.resolve()), None, _parse(config.read_text(), str(folder)))
 
 
 def _on_hub(model: str, revision: str | None) -> Checkpoint:
@@ -100,8 +142,7 @@ def _on_hub(model: str, revision: str | None) -> Checkpoint:
         raise ValueError(f"model={model!r} is neither a folder here nor a name that the Hub allows") from error
     except OSError as error:
         raise ValueError(f"model={model!r}{at} cannot be looked up: {' '.join(str(error).split())[:200]}") from error
-    commit = path.parent.name
-    return Checkpoint(model, commit, commit, _parse(path.read_text(), model))
+    return Checkpoint(model, path.parent.name, _parse(path.read_text(), model))
 
 
 def _parse(text: str, model: str) -> dict[str, Any]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import record, units
 from pipeline.config import RunConfig
+from pipeline.convert import check_values
 from pipeline.ids import check_ids
+from pipeline.listing import list_input
 from pipeline.model import Checkpoint, find_checkpoint, versions
 from pipeline.schema import Columns, plan_columns
-from pipeline.storage import Storage, split_input, without
+from pipeline.source import UnitReader
+from pipeline.storage import Storage
+from pipeline.unchanged import check_unchanged
 from pipeline.units import Shard, Unit
 
 GEOMETRY = ("image_size", "patch_size", "max_num_tiles")
+LONG = 4 << 30
+"""Bytes of weights whose reading is worth a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class Plan:
     """Whether the output folder holds this run already."""
     removes: list[str]
     """Files of an earlier run that are deleted before this one begins, as ``overwrite`` asks."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """What lies in the input and is not read; see ``Listing``."""
 
     @property
     def part(self) -> str:
@@ -43,6 +51,12 @@ class Plan:
     @property
     def image_roots(self) -> tuple[Storage, ...]:
         return tuple(Storage(url, self.config.storage_options, self.input.patience) for url in self.config.image_roots)
+
+    @property
+    def used(self) -> list[Shard]:
+        """The shards that units are cut from."""
+        names = {unit.shard for unit in self.units}
+        return [shard for shard in self.shards if shard.name in names]
 
     @property
     def rows(self) -> int:
@@ -65,7 +79,7 @@ class Plan:
         """What two starts must share to be one run."""
         return {
             "input": units.input_digest(self.shards),
-            "model": self.checkpoint.identity,
+            "model": self.checkpoint.files or self.checkpoint.identity,
             "schema": str(self.columns.output(self.config.write_kept)),
             **self.config.decides_output(),
         }
@@ -84,25 +98,33 @@ class Plan:
             "decides": self.decides(),
             "versions": versions(),
             "shards": len(self.shards),
+            "skipped": {reason: len(entries) for reason, entries in self.skipped.items()},
             "units": len(self.units),
             "rows": self.rows,
             "columns": dict(self.columns.passed),
+            "stamps": {shard.name: shard.stamp for shard in self.used},
         }
 
 
-def make_plan(config: RunConfig, cut: Callable[[Sequence[Shard]], list[Unit]] | None = None) -> Plan:
+def make_plan(
+    config: RunConfig,
+    cut: Callable[[Sequence[Shard]], list[Unit]] | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Plan:
     """Looks at model, input and output. Raises ``ValueError`` or ``OSError``, in one line, for what can't run.
 
-    ``cut`` makes units of the shards; default: the configuration's units, of all rows.
+    ``cut`` makes units of the shards; default: the configuration's units, of all rows. ``say`` takes a line on what takes long.
     """
     checkpoint = find_checkpoint(config.model, config.revision)
     _check_tiles(config, checkpoint)
+    _check_room(config, checkpoint)
+    if checkpoint.bytes > LONG:
+        say(f"reading {checkpoint.bytes / 2**30:.0f} GiB of weights, to know this model again")
     output = Storage(config.output, config.storage_options)
-    root, names = split_input(config.input, config.storage_options)
-    names = without(names, root, output)
-    if not names:
+    found = list_input(config.input, config.storage_options).without(output)
+    if not found.names:
         raise ValueError(f"input={config.input!r} holds no parquet file outside the output folder")
-    shards = units.read_footers(root, names)
+    shards = units.read_footers(found.root, found.names)
     columns = plan_columns(
         [(shard.name, shard.schema) for shard in shards],
         image=config.image_column,
@@ -117,10 +139,17 @@ def make_plan(config: RunConfig, cut: Callable[[Sequence[Shard]], list[Unit]] | 
     planned = units.part_of(planned, *config.part)
     if not planned:
         raise ValueError(f"partition={config.partition!r} of {whole} units is empty; make fewer partitions, or lower unit_rows")
-    plan = look_again(Plan(config, checkpoint, root, shards, columns, planned, output, [], False, []))
-    # The longest look, and one that a run which has begun was given.
-    if columns.id and not plan.begun:
-        check_ids(root, planned, columns.id)
+    plan = look_again(Plan(config, checkpoint, found.root, shards, columns, planned, output, [], False, [], found.skipped))
+    # The longest looks.
+    if plan.begun:
+        finished = set(plan.finished)
+        done = [unit for unit in planned if unit.name in finished]
+        reader = UnitReader(found.root, columns, plan.image_roots)
+        check_unchanged(reader, output, plan.used, record.stamps(output, plan.part), done, say)
+    else:
+        check_values(found.root, plan.used, columns)
+        if columns.id:
+            check_ids(found.root, planned, columns.id)
     return plan
 
 
@@ -131,6 +160,16 @@ def _check_tiles(config: RunConfig, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"max_tiles={config.max_tiles} is over the {most} tiles that model={config.model!r} takes of an image; "
             f"lower it to 1 to {most}, or drop it"
+        )
+
+
+def _check_room(config: RunConfig, checkpoint: Checkpoint) -> None:
+    # As transformers' for one that does not say.
+    context = (checkpoint.config.get("text_config") or {}).get("max_position_embeddings", 131_072)
+    if config.max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens} leaves a prompt no room in the {context} tokens that "
+            f"model={config.model!r} takes, prompt and answer together; lower it"
         )
 
 

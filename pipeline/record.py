@@ -95,7 +95,8 @@ def check_output(output: Storage, decides: dict[str, Any], config: dict[str, Any
         raise RefusalError(f"output={output.url!r} holds an unreadable {name}; choose another folder") from error
     differ = [name for name in decides if found.get(name) != _as_json(decides[name])]
     if differ:
-        said = ", ".join(f"{name} ({_was(there.get(name), config.get(name))})" for name in differ)
+        was = (_was(there.get(name), config.get(name), found.get(name), decides[name]) for name in differ)
+        said = ", ".join(f"{name} ({how})" for name, how in zip(differ, was, strict=True))
         raise RefusalError(
             f"output={output.url!r} holds another run, which differs in {said}; choose another folder, or delete that run with "
             "--overwrite"
@@ -131,9 +132,14 @@ def own_files(output: Storage) -> list[str]:
     return [*data, *markers, *(f".run/{name}" for name in own if _SUMMARY.fullmatch(name)), *runs]
 
 
-def _was(there: Any, here: Any) -> str:
-    # Input, model and schema are told by what is in their files.
-    return "its files have changed" if there == _as_json(here) else f"{there!r} there, {_as_json(here)!r} here"
+def _was(there: Any, here: Any, found: Any, decides: Any) -> str:
+    """What differs: an option, or what is in the files that it names."""
+    if there != _as_json(here):
+        return f"{there!r} there, {_as_json(here)!r} here"
+    if not isinstance(found, dict) or not isinstance(decides, dict):
+        return "its files have changed"
+    names = sorted(name for name in found.keys() | decides.keys() if found.get(name) != decides.get(name))
+    return f"its files have changed: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
 
 
 def _as_json(value: Any) -> Any:
@@ -150,6 +156,12 @@ def delete(output: Storage, names: Sequence[str]) -> None:
 def begin(output: Storage, run: dict[str, Any], part: str = "") -> None:
     """Writes run.json. ``run`` holds ``decides`` among the rest."""
     output.write(RUN.format(part=part), json.dumps(run, indent=2).encode(), temporary=UNFINISHED.format(part=part))
+
+
+def stamps(output: Storage, part: str = "") -> dict[str, str]:
+    """What the shards' stamps were when the run was last begun, by name; see ``Shard.stamp``."""
+    found: dict[str, str] = json.loads(output.read(RUN.format(part=part))).get("stamps", {})
+    return found
 
 
 def clear_unfinished(output: Storage, part: str = "") -> None:

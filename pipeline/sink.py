@@ -39,7 +39,7 @@ class UnitWriter:
             raise ValueError(f"unit {unit} came with {len(rows)} rows instead of {stats['rows']}")
         table = pa.Table.from_arrays(rows.flatten(), schema=self.columns)
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         temporary = record.UNFINISHED.format(part=self.part)
         self.output.write(f"{unit}.parquet", buffer.getvalue().to_pybytes(), temporary=temporary)
         # Data first: a marker without its file would be a loss, a file without its marker is only done again.

@@ -10,12 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipeline import cells, schema
+from pipeline.convert import convert
 from pipeline.cuts import find_cut
+from pipeline.parquet import open_parquet
 from pipeline.schema import Columns
 from pipeline.storage import Storage
 from pipeline.units import Unit, damaged, row_id
@@ -50,24 +51,26 @@ class UnitReader:
 
     def _read(self, unit: Unit) -> pa.StructArray:
         start, stop = unit.start, unit.stop
+        columns = self.columns
         try:
-            with self._open(unit) as found:
+            with self._open(unit, columns.read) as found:
                 start, stop = found.cut(unit.start, unit.start_reach), found.cut(unit.stop, unit.stop_reach)
                 table = found.between(start, stop)
-            return self._rows(unit.shard, start, table)
         except (pa.ArrowException, OSError) as error:
             # A store that does not answer ends the task, and the run can be continued; damaged bytes stay damaged.
             if not damaged(error):
                 raise
-            return self._unreadable(unit.shard, start, stop, error)
+            return self._unreadable(unit, start, stop, error)
+        # Outside of that: what Arrow says of a conversion is no damage. Planning has looked whether all values fit.
+        return self._rows(unit.shard, start, table)
 
     @contextmanager
-    def _open(self, unit: Unit) -> Iterator[_Rows]:
-        """The rows of the unit's row groups, with those of ``columns.read`` that the shard has."""
+    def _open(self, unit: Unit, columns: Sequence[str]) -> Iterator[_Rows]:
+        """The rows of the unit's row groups, with those of ``columns`` that the shard has."""
         fs, _ = self.root.open()
         with fs.open(self.root.path(unit.shard), "rb") as handle:
-            file = pq.ParquetFile(handle)
-            names = [n for n in self.columns.read if n in file.schema_arrow.names]
+            file = open_parquet(handle)
+            names = [n for n in columns if n in file.schema_arrow.names]
             groups: list[int] = []
             first = offset = 0
             for i in range(file.num_row_groups):
@@ -85,10 +88,9 @@ class UnitReader:
         columns, count = self.columns, table.num_rows
         kinds = zip(columns.passed, columns.types.types, strict=True)
         arrays = [
-            _cast(table[name], kind) if name in table.column_names else pa.nulls(count, kind) for (name, _), kind in kinds
+            convert(table[name], kind) if name in table.column_names else pa.nulls(count, kind) for (name, _), kind in kinds
         ]
-        given = cells.strings(table[columns.id]) if columns.id else [None] * count
-        ids = [row_id(shard, start + i) if value is None else value for i, value in enumerate(given)]
+        ids = self._ids(shard, start, cells.strings(table[columns.id]) if columns.id else [None] * count)
         questions = cells.strings(table[columns.question]) if columns.question else [None] * count
         own = [
             pa.array(ids, pa.string()),
@@ -97,13 +99,24 @@ class UnitReader:
         ]
         return pa.StructArray.from_arrays([*arrays, *own], fields=list(columns.unit_row()))
 
-    def _unreadable(self, shard: str, start: int, stop: int, error: Exception) -> pa.StructArray:
-        """Rows of nulls, each with an image that tells why."""
+    def _ids(self, shard: str, start: int, given: Sequence[str | None]) -> list[str]:
+        return [row_id(shard, start + i) if value is None else value for i, value in enumerate(given)]
+
+    def _unreadable(self, unit: Unit, start: int, stop: int, error: Exception) -> pa.StructArray:
+        """Rows of nulls, each with an image that tells why, and with its own id where that column can be read."""
         count = stop - start
-        said = f"{shard}, rows {start} to {stop}: {' '.join(str(error).split())}"
+        given: Sequence[str | None] = [None] * count
+        if self.columns.id:
+            try:
+                with self._open(unit, [self.columns.id]) as found:
+                    given = cells.strings(found.between(start, stop)[self.columns.id])
+            except (pa.ArrowException, OSError) as further:
+                if not damaged(further):
+                    raise
+        said = f"{unit.shard}, rows {start} to {stop}: {' '.join(str(error).split())}"
         arrays = [pa.nulls(count, kind) for kind in self.columns.types.types]
         own = [
-            pa.array([row_id(shard, i) for i in range(start, stop)], pa.string()),
+            pa.array(self._ids(unit.shard, start, given), pa.string()),
             pa.nulls(count, pa.large_string()),
             pa.array([[{"bytes": None, "error": said}]] * count, pa.large_list(schema.IMAGE_TYPE)),
         ]
@@ -171,24 +184,6 @@ class _Rows:
             self._at += batch.num_rows
             if skipped < batch.num_rows:
                 self._kept.append(batch.slice(skipped))
-
-
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    array = array if array.type == kind else array.cast(kind)
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        return array
-    try:
-        array.validate(full=True)
-    except pa.ArrowInvalid:
-        # Bytes that are no UTF-8 would make the output unreadable to others.
-        raw = array.cast(pa.large_binary()).to_pylist()
-        return pa.array([None if value is None else value.decode(errors="replace") for value in raw], kind)
-    return array
 
 
 class UnitSource(Datasource):

@@ -1,4 +1,4 @@
-"""Files, local or on S3, behind one small class: list shards, read, and write a file that appears whole or not at all."""
+"""Files, local or on S3, behind one small class: read, and write a file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import posixpath
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,6 @@ from pipeline import retries
 T = TypeVar("T")
 
 PATIENCE = 300.0
-_MAGIC = "*?["
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +115,13 @@ _lock = threading.Lock()
 
 
 def filesystem(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
-    """fsspec's filesystem for ``url`` and the path on it; local paths come out absolute."""
+    """fsspec's filesystem for ``url`` and the path on it; local paths come out absolute, ``~`` as the home folder.
+
+    Options that come from a file or from Python have been through no shell.
+    """
     if is_local(url):
-        return url_to_fs(os.path.abspath(url.removeprefix("file://")))
+        path = url.removeprefix("file://")
+        return url_to_fs(os.path.abspath(path if path != url else os.path.expanduser(url)))
     # Listings are never cached: a run reads what other processes have just written. Nothing is read ahead: Arrow asks for what
     # it needs, and s3fs's 50 MB would fetch a whole shard for its footer's or its ids' sake.
     ahead = {"default_cache_type": "none"} if url.startswith(("s3:", "s3a:")) else {}
@@ -128,42 +131,3 @@ def filesystem(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, s
 
 def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
-
-
-def split_input(url: str, options: dict[str, Any]) -> tuple[Storage, list[str]]:
-    """The root of ``url`` and its shards' names relative to it, sorted.
-
-    ``url`` is a file, a folder (its ``*.parquet`` at any depth, but in no folder that begins with a dot) or a glob. The root is
-    the folder, the file's folder, or the folder above a glob's first wildcard. Raises ``FileNotFoundError``.
-    """
-    fs, path = filesystem(url, options)
-    scheme = "" if is_local(url) else url.split("://", 1)[0] + "://"
-    path = path.rstrip("/")
-    # A file's own name may hold a wildcard character.
-    exists = fs.exists(path)
-    if not exists and not any(c in path for c in _MAGIC):
-        raise FileNotFoundError(f"input={url!r} does not exist")
-    if exists and fs.isfile(path):
-        root, found = posixpath.dirname(path), [path]
-    elif exists:
-        root, found = path, [p for p in fs.find(path) if p.endswith(".parquet")]
-    else:
-        fixed = path[: min(path.index(c) for c in _MAGIC if c in path)]
-        root = posixpath.dirname(fixed)
-        found = [p for p in fs.glob(path) if fs.isfile(p)]
-    names = sorted(posixpath.relpath(p, root) for p in found)
-    names = [n for n in names if not hidden(n)]
-    if not names:
-        raise FileNotFoundError(f"input={url!r} holds no parquet file")
-    return Storage(scheme + root if scheme else root, options), names
-
-
-def hidden(name: str) -> bool:
-    """Whether any part of the path begins with a dot: such files are records, never data."""
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def without(names: Iterable[str], root: Storage, output: Storage) -> list[str]:
-    """``names`` under ``root``, less those that lie in the ``output`` folder."""
-    prefix = output.open()[1].rstrip("/") + "/"
-    return [n for n in names if not root.path(n).startswith(prefix)]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.parquet import FooterReader, tail
 from pipeline.retries import transient
 from pipeline.storage import Storage
 
@@ -32,6 +34,11 @@ class Shard:
     size: int
     """Bytes of all row groups, compressed."""
     schema: pa.Schema
+    footer: str = ""
+    """Digest of the footer's bytes."""
+    stamp: str = ""
+    """Digest of what the store says of the file (an entity tag, times, an inode): other bytes have another, and the same bytes
+    may."""
 
     @property
     def rows(self) -> int:
@@ -72,25 +79,31 @@ class Unit:
 
 
 def read_footers(root: Storage, names: Sequence[str]) -> list[Shard]:
-    """The shards' footers, read side by side. Raises ``ValueError`` for a file that is not parquet."""
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda name: root.patiently(lambda: _footer(root, name)), names))
+    """The shards' footers, fetched side by side. Raises ``ValueError`` for a file that is not parquet."""
+    with closing(FooterReader()) as reader, ThreadPoolExecutor(16) as pool:
+        one_at_a_time = threading.Lock()
+
+        def read(name: str) -> Shard:
+            data, stamp = root.patiently(lambda: _fetch(root, name))
+            try:
+                with one_at_a_time:
+                    footer = reader(data)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} is not a parquet file that can be read ({error}); remove it or name others"
+                ) from error
+            return Shard(name, footer.groups, footer.size, footer.schema, footer.digest, stamp)
+
+        return list(pool.map(read, names))
 
 
-def _footer(root: Storage, name: str) -> Shard:
+def _fetch(root: Storage, name: str) -> tuple[bytes, str]:
+    """The file's tail, and its stamp."""
     fs, _ = root.open()
-    try:
-        with fs.open(root.path(name), "rb") as file:
-            footer = pq.ParquetFile(file)
-            groups = [footer.metadata.row_group(i) for i in range(footer.num_row_groups)]
-            schema = footer.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        if not damaged(error):
-            raise
-        said = _first_line(error)
-        raise ValueError(f"{name} is not a parquet file that can be read ({said}); remove it or name others") from error
-    size = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
-    return Shard(name, tuple(g.num_rows for g in groups), size, schema)
+    path = root.path(name)
+    info = fs.info(path)
+    stamp = hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest()[:16]
+    return tail(lambda start, stop: fs.cat_file(path, start=start, end=stop), info["size"]), stamp
 
 
 def damaged(error: Exception) -> bool:
@@ -98,10 +111,6 @@ def damaged(error: Exception) -> bool:
     if transient(error):
         return False
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None) -> list[Unit]:
@@ -184,6 +193,6 @@ def row_id(shard: str, index: int) -> str:
 
 
 def input_digest(shards: Sequence[Shard]) -> str:
-    """Tells whether the input is still the one that a run began with: names, rows and sizes of all shards."""
-    listing = json.dumps([(s.name, s.groups, s.size) for s in shards])
+    """Tells whether the input is still the one that a run began with, as far as all shards' names and footers do."""
+    listing = json.dumps([(s.name, s.groups, s.size, s.footer) for s in shards])
     return hashlib.sha256(listing.encode()).hexdigest()[:16]

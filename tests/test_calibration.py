@@ -144,7 +144,7 @@ def test_a_sample_that_is_too_small_is_told_from_a_k_that_is() -> None:
     small = page.verdict(calibration(point(0.5, 1.0, 0.9, False, effective=30), rows=40))
     assert "too small" in small
     assert "its 40 rows are worth 30 independent ones, which show no more than 90.50% even if all agree" in small
-    assert "worth 59" in small
+    assert "rows worth 59 could show it" in small
     failed = page.verdict(calibration(point(0.5, 0.93, 0.9, False)))
     assert "No K holds" in failed
     assert "K = 0.5, agrees in 93.00%, at least 90.00%" in failed

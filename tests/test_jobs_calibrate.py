@@ -175,6 +175,38 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_sample_too_small_to_show_anything_is_told_before_it_is_answered(
+    shards: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """24 rows of the README's own target: even if all agreed."""
+    assert calibrate.main([*given(shards, tmp_path / "out", checkpoint_folder), *options]) == calibrate.NOTHING_HOLDS
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "The sample is too small for 99.00% agreement" in captured.err
+    assert "its 24 rows show no more than 88.27% even if all agree; 299 rows could show it" in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_a_killed_start_left_undone_is_done_by_the_next(
+    shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path
+) -> None:
+    """All rows answered, and no summary yet: nothing is left to answer, and the run counts as a whole one."""
+    out = tmp_path / "out"
+    arguments = given(shards, out, checkpoint_folder, "--target-agreement", "0.3", "--measure", "edit_similarity")
+    assert calibrate.main(arguments) == 0
+    before = (out / "calibration.json").read_bytes()
+    summaries = sorted(out.glob("runs/*/.run/summary.json"))
+    assert len(summaries) > 1
+    for summary in summaries:
+        summary.unlink()
+    assert calibrate.main(arguments) == 0
+    assert sorted(out.glob("runs/*/.run/summary.json")) == summaries
+    assert (out / "calibration.json").read_bytes() == before
+
+
 def test_a_folder_of_something_else_is_refused(
     shards: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

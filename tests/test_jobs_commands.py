@@ -84,6 +84,9 @@ def test_importing_does_nothing() -> None:
         (["--model", "org/not-cached"], "the Hub cannot be reached"),
         (["--revision", "v1"], "revision='v1' has no effect"),
         (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["--max-new-tokens", "512"], "max_new_tokens=512 leaves a prompt no room in the 512 tokens that model="),
+        (["--temperature", ".nan"], "temperature=nan is not a finite number"),
+        (["--wait-minutes", ".inf", "--gpus-per-actor", "0"], "wait_minutes=inf is not a finite number"),
         (["--storage-options", "3"], "storage_options"),
     ],
 )
@@ -169,13 +172,14 @@ def test_the_summary_in_words() -> None:
         "rows": 4, "rows_this_start": 4, "errors": 1, "images": 3, "seconds": 10.0, "seconds_working": 6.0,
         "cross_kv_bytes_full": 4 * 2**20, "cross_kv_bytes": 2**20, "mean_keep_fraction": 0.25, "accuracy": 0.5,
         "judged": 2, "device": "CPU, 2 threads", "dtype": "float32",
-        "error_kinds": {"no such file": {"rows": 1, "ids": ["a"]}}, "actor_seconds": 12.0, "gpu_seconds": 0.0,
+        "error_kinds": {"needs N of N": {"rows": 1, "ids": ["a"], "example": "needs 9 of 3"}},
+        "actor_seconds": 12.0, "gpu_seconds": 0.0,
     }  # fmt: skip
     said = report.table(summary, "out")
     for line in (
         "rows                4",
         "errors              1",
-        "  1                 no such file",
+        "  1                 needs 9 of 3",
         "images/s per actor  0.2, once its model is loaded",
         "KV saved            3.0 MiB (75.0%)",
     ):
@@ -200,8 +204,8 @@ def test_a_run_that_breaks_off_is_no_refusal(
     """A shard that shrinks between planning and reading raises a ValueError in a task, once the run has begun."""
     look = plan.make_plan
 
-    def look_then_shrink(config: RunConfig) -> plan.Plan:
-        made = look(config)
+    def look_then_shrink(config: RunConfig, **options: Any) -> plan.Plan:
+        made = look(config, **options)
         pq.write_table(pq.read_table(shard).slice(0, 2), shard)
         return made
 

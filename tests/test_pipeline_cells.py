@@ -97,6 +97,21 @@ def test_s3_paths(s3: dict[str, Any]) -> None:
         resolve("s3://bucket/cells/../x.png", [root], "shard.parquet")
 
 
+def test_one_store_has_several_schemes_and_keys_their_own_slashes(s3: dict[str, Any]) -> None:
+    fs = Storage("s3://bucket/schemes", s3).open()[0]
+    for key, content in {"a.png": b"a", "b//c.png": b"c", "b/c.png": b"one slash"}.items():
+        fs.pipe_file(f"bucket/schemes/{key}", content)
+    asked = {"a.png": b"a", "b//c.png": b"c", "b/c.png": b"one slash", "x/../b//./c.png": b"c"}
+    for url in ("s3://bucket/schemes", "s3a://bucket/schemes"):
+        for scheme in ("s3", "s3a"):
+            uris = [f"{scheme}://bucket/schemes/{key}" for key in asked]
+            cells = image_lists(pa.array([*uris, *asked]), [Storage(url, s3)], "shard.parquet").to_pylist()
+            assert [cell[0]["bytes"] for cell in cells] == [*asked.values()] * 2
+    for uri in ("s3a://bucket/schemes/../x.png", "gs://bucket/schemes/a.png"):
+        with pytest.raises(ValueError, match="outside"):
+            resolve(uri, [Storage("s3://bucket/schemes", s3)], "shard.parquet")
+
+
 def test_strings_that_are_not_utf8() -> None:
     raw = pa.array([b"fine", b"\xff\xfe", None], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 3, raw.buffers(), raw.null_count)

@@ -9,6 +9,8 @@ from pipeline.model import build_policy
 
 GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model": "m"}
 
+FLOATS = [name for name, kind in get_type_hints(RunConfig).items() if float in (kind, *get_args(kind))]
+
 
 @pytest.mark.parametrize(
     ("fields", "said"),
@@ -45,6 +47,10 @@ GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model
         ({"gpus_per_actor": 1.5}, r"gpus_per_actor=1\.5: a copy of the model takes a share of one GPU, or several whole ones"),
         ({"wait_minutes": -1.0}, r"wait_minutes=-1\.0"),
         ({"wait_minutes": 10.0}, r"needs gpus_per_actor"),
+        ({"image_roots": "s3://photos"}, r"image_roots='s3://photos' is one text; give a list of texts"),
+        ({"stop": "red"}, r"stop='red' is one text; give a list of texts: \['red'\]"),
+        *(({name: float("nan")}, rf"{name}=nan is not a finite number") for name in FLOATS),
+        ({"temperature": float("inf")}, r"temperature=inf is not a finite number"),
         ({"image_roots": ["https://example.com/photos"]}, r"image_roots=.*name folders"),
     ],
 )

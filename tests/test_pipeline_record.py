@@ -96,6 +96,11 @@ def test_a_folder_is_free_ours_or_refused(tmp_path: Path) -> None:
         record.check_output(output, decides | {"seed": 1}, config | {"seed": 1})
     with pytest.raises(RefusalError, match=r"differs in model \(its files have changed\)"):
         record.check_output(output, decides | {"model": "other"}, config)
+    files = {"a.json": "1", "b.safetensors": "2", "c.json": "3"}
+    begin(tmp_path / "files", {"model": files}, {"model": "m"})
+    now = files | {"b.safetensors": "4", "d.json": "5"}
+    with pytest.raises(RefusalError, match=r"differs in model \(its files have changed: b\.safetensors, d\.json\)"):
+        record.check_output(Storage(str(tmp_path / "files")), {"model": now}, {"model": "m"})
     (tmp_path / "out/.run/run.json").write_text("{")
     with pytest.raises(RefusalError, match="unreadable"):
         record.check_output(output, decides, config)

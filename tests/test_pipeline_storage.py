@@ -5,45 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import Storage, split_input, without
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    for name in ("a.parquet", "b/c d.parquet", "b/.run/x.parquet", ".hidden/y.parquet", "b/notes.txt", "z[1].parquet"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("pattern", "root", "names"),
-    [
-        ("", "", ["a.parquet", "b/c d.parquet", "z[1].parquet"]),
-        ("/", "", ["a.parquet", "b/c d.parquet", "z[1].parquet"]),
-        ("/a.parquet", "", ["a.parquet"]),
-        ("/z[1].parquet", "", ["z[1].parquet"]),
-        ("/*.parquet", "", ["a.parquet", "z[1].parquet"]),
-        ("/**/*.parquet", "", ["a.parquet", "b/c d.parquet", "z[1].parquet"]),
-        ("/b/c*", "/b", ["c d.parquet"]),
-    ],
-)
-def test_inputs(tree: Path, pattern: str, root: str, names: list[str]) -> None:
-    found, listed = split_input(f"{tree}{pattern}", {})
-    assert found.open()[1] == f"{tree}{root}"
-    assert listed == names
-
-
-@pytest.mark.parametrize("pattern", ["/none", "/none*.parquet", "/b/.run"])
-def test_nothing_found(tree: Path, pattern: str) -> None:
-    (tree / "b/.run/x.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="input="):
-        split_input(f"{tree}{pattern}", {})
-
-
-def test_the_output_is_not_read_as_input(tree: Path) -> None:
-    root, names = split_input(str(tree), {})
-    assert without(names, root, Storage(f"{tree}/b")) == ["a.parquet", "z[1].parquet"]
+from pipeline.storage import Storage
 
 
 def test_local_files_appear_whole(tmp_path: Path) -> None:
@@ -70,12 +32,14 @@ def test_s3(s3: dict[str, Any]) -> None:
     assert storage.names(".run/units") == ["x.json"]
     with pytest.raises(FileNotFoundError):
         storage.read("none")
-    for url in ("s3://bucket/some folder", "s3://bucket/some folder/*.parquet", "s3://bucket/some folder/a b.parquet"):
-        root, names = split_input(url, s3)
-        assert names == ["a b.parquet"]
-        assert root.url == "s3://bucket/some folder"
-        assert root.read(names[0]) == b"one"
 
 
 def test_options_stay_out_of_sight() -> None:
     assert "hush" not in repr(Storage("s3://bucket", {"secret": "hush"}))
+
+
+def test_a_home_folder_is_meant_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration file has been through no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Storage("~/answers").open()[1] == f"{tmp_path}/answers"
+    assert Storage("./~").open()[1] == str(Path.cwd() / "~")

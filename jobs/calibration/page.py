@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.calibration.bound import lower_bound, size_that_would_show
-from jobs.calibration.run import Calibration, Point
+from jobs.calibration.run import Calibration, Point, Target
 from jobs.report import count, size
 
 MEASURES = {
@@ -20,26 +20,39 @@ MEASURES = {
 def verdict(found: Calibration) -> str:
     """What was found, in one or two sentences."""
     target = found.target
-    asked = f"{target.agreement:.2%} agreement ({MEASURES[target.measure]}) at {target.confidence:.0%} confidence"
+    asked = _asked(target)
     if found.chosen is not None:
         (point,) = (p for p in found.points if p.k_ratio == found.chosen)
         return (
             f"K = {point.k_ratio:g} is the smallest that holds {asked}: {point.agreement:.2%} measured, at least "
             f"{point.at_least:.2%}; it keeps {point.keep_fraction:.1%} of the features."
         )
-    needed = size_that_would_show(target.agreement, target.confidence)
-    if found.effective_rows < needed:
-        most = lower_bound(1.0, found.effective_rows, target.confidence) if found.effective_rows else 0.0
-        return (
-            f"The sample is too small for {asked}: its {count(found.rows, 'row')} are worth {found.effective_rows:,.0f} "
-            f"independent ones, which show no more than {most:.2%} even if all agree. Take one that is worth {needed:,}, "
-            "or lower the target."
-        )
+    if (small := too_small(target, found.rows, found.effective_rows)) is not None:
+        return small
     best = max(found.points, key=lambda p: p.at_least or 0.0)
     return (
         f"No K holds {asked}: the best, K = {best.k_ratio:g}, agrees in {best.agreement or 0:.2%}, at least "
         f"{best.at_least or 0:.2%}. Lower the target, try larger K, take a larger sample, or keep all features."
     )
+
+
+def too_small(target: Target, rows: int, effective: float) -> str | None:
+    """What a sample of ``rows``, worth ``effective`` independent ones, lacks to show ``target``; None where it has enough."""
+    needed = size_that_would_show(target.agreement, target.confidence)
+    if effective >= needed:
+        return None
+    most = lower_bound(1.0, effective, target.confidence) if effective else 0.0
+    alike = effective < rows
+    worth = f" are worth {effective:,.0f} independent ones, which" if alike else ""
+    could = f"rows worth {needed:,}" if alike else f"{needed:,} rows"
+    return (
+        f"The sample is too small for {_asked(target)}: its {count(rows, 'row')}{worth} show no more than {most:.2%} even if "
+        f"all agree; {could} could show it. Take more, or lower the target."
+    )
+
+
+def _asked(target: Target) -> str:
+    return f"{target.agreement:.2%} agreement ({MEASURES[target.measure]}) at {target.confidence:.0%} confidence"
 
 
 def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> str:

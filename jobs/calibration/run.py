@@ -126,6 +126,8 @@ class Hope:
                 self.disagreement[name] += 1 - float(self.measure(text, other))
 
     def lost(self, name: str) -> bool:
+        if name == ALL:
+            return False
         best = max(0.0, 1 - self.disagreement[name] / self.rows)
         return lower_bound(best, self.rows, self.target.confidence) < self.target.agreement
 
@@ -134,23 +136,31 @@ def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object]
     """Answers what is left of all the plans, but for those whose K can't hold ``target``."""
     hope = Hope(target, found[ALL].rows)
     full = _resume(found, hope)
-    if not any(plan.remaining for name, plan in found.items() if not hope.lost(name)):
-        return
-    first = found[ALL]
     patient = {name: replace(plan, output=plan.output.patient()) for name, plan in found.items()}
-    with (
-        lock.locked(patient[ALL].output, say),
-        cluster.connected(first.config.ray_address),
-        cluster.fitted(first.config, say) as resources,
-    ):
-        for plan in patient.values():
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            record.begin(plan.output, plan.record() | {"started": now, "shared": SHARED})
-        _answer(patient, resources, hope, full)
+    goes_on = any(plan.remaining for name, plan in patient.items() if not hope.lost(name))
+    # A start that was killed at its very end has left no summary.
+    if not goes_on and not any(_unsummed(plan) for plan in patient.values()):
+        return
+    with lock.locked(patient[ALL].output, say):
+        if goes_on:
+            _go_on(patient, hope, full, say)
         for plan in map(look_again, patient.values()):
-            if not plan.remaining:
+            if _unsummed(plan):
                 record.write_summary(plan.output, record.summarise(record.read_markers(plan.output, plan.finished)))
             record.clear_unfinished(plan.output)
+
+
+def _unsummed(plan: Plan) -> bool:
+    return plan.begun and not plan.remaining and record.read_summary(plan.output) is None
+
+
+def _go_on(found: dict[str, Plan], hope: Hope, full: dict[str, str | None], say: Callable[[str], object]) -> None:
+    first = found[ALL]
+    with cluster.connected(first.config.ray_address, say), cluster.fitted(first.config, say) as resources:
+        for plan in found.values():
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            record.begin(plan.output, plan.record() | {"started": now, "shared": SHARED})
+        _answer(found, resources, hope, full)
 
 
 def _resume(found: dict[str, Plan], hope: Hope) -> dict[str, str | None]:

@@ -23,6 +23,7 @@ from jobs.comparison.tables import (
     verdict_cell,
 )
 from jobs.comparison.words import UNKNOWN, bytes_of, dollars, hundredths, known, number, points, share, signed, whole
+from pipeline.errors import example
 
 
 def full(report: Report) -> Iterator[Table]:
@@ -176,7 +177,7 @@ def errors(report: Report) -> Table:
         "Errors by kind",
         {
             "run": lambda found: found[0],
-            "kind": lambda found: found[1],
+            "kind": lambda found: example(found[1], found[2]),
             "rows": lambda found: whole(found[2]["rows"]),
             "ids, for example": lambda found: ", ".join(map(str, found[2]["ids"])) or UNKNOWN,
         },

@@ -11,9 +11,10 @@ from PIL import Image
 
 from jobs.comparison.runs import Run
 from pipeline import schema
+from pipeline.listing import list_input
 from pipeline.pictures import ImageError
 from pipeline.schema import Columns
-from pipeline.storage import Storage, split_input
+from pipeline.storage import Storage
 from pipeline.units import Unit, plan_units, read_footers
 
 MOST_PIXELS = 480
@@ -107,7 +108,8 @@ class _Shards:
 
     def __init__(self, run: Run, input: str | None, options: dict[str, Any]) -> None:
         self.config, self.passed = run.config, run.record["columns"]
-        self.root, self.names = split_input(input or str(run.config["input"]), options)
+        found = list_input(input or str(run.config["input"]), options)
+        self.root, self.names = found.root, found.names
         self.image_roots = tuple(Storage(url, options) for url in run.config.get("image_roots") or ())
         self.units: dict[str, Unit] = {}
 
