@@ -6,12 +6,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs import options
 from pipeline.config import Job, RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.storage import Storage
 
 NOTHING_HOLDS = 4
 CONFIGURATION, RESULT, PAGE, CURVE = "config.yaml", "calibration.json", "calibration.md", "curve.svg"
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, answers the sample, and reports; the exit code: 0 a K holds, 1 broke off (the same command continues), 2 refused,
     3 too many errors to choose by, 4 no K holds."""
     made = parser()
+    options.print_anything()
     try:
         given = made.parse_args(arguments).as_dict()
         given.pop("config"), given.pop("print_config", None)
@@ -53,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, ValueError, TypeError) as error:
         return options.refuse(made, error)
 
-    from jobs.calibration import run
-    from jobs.report import cause, count, heading
+    from jobs.calibration import page, run
+    from jobs.report import cause, count, heading, skipped
 
     try:
         _check_installed()
@@ -63,7 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been started or written
         return options.refuse(made, error)
     first = found[run.ALL]
-    said = f"{heading(first)}; and K = {', '.join(f'{k:g}' for k in k_ratios)}"
+    asked = run.Target(**target)
+    if (small := page.too_small(asked, first.rows, first.rows)) is not None:
+        if not dry_run:
+            # What an earlier look at this sample chose, for another target.
+            _output(config).remove(CONFIGURATION)
+        print(f"{made.prog}: {small}", file=sys.stderr)
+        return NOTHING_HOLDS
+    said = "\n".join([f"{heading(first)}; and K = {', '.join(f'{k:g}' for k in k_ratios)}", *skipped(first)])
     if dry_run:
         print(said)
         return 0
@@ -71,12 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline import cluster, record
 
     try:
-        _note_sample(config, sample)
-        asked = run.Target(**target)
-        run.execute(found, asked, say=lambda line: print(line, file=sys.stderr, flush=True))
+        say = partial(print, file=sys.stderr, flush=True)
+        run.execute(found, asked, say, begin=partial(_note_sample, config, sample))
         calibration = run.read(found, k_ratios, asked)
         _write(config, calibration, first)
-    except (cluster.TooSmallError, record.RefusalError) as error:
+    except (cluster.TooSmallError, cluster.UnusableError, record.RefusalError) as error:
         return options.refuse(made, error)
     except (KeyboardInterrupt, cluster.Terminated) as stopped:
         print("stopped; the same command continues this calibration", file=sys.stderr)
@@ -84,8 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the program's boundary: one line and an exit code that tells the truth
         print(f"{made.prog}: the calibration broke off: {cause(error)}; the same command continues it", file=sys.stderr)
         return options.FAILED
-    from jobs.calibration import page
-
     print(page.markdown(calibration, _conditions(config, first), CURVE))
     if calibration.errors > config.max_error_rate * calibration.rows:
         most = f"max_error_rate={config.max_error_rate:g}"
@@ -127,11 +136,15 @@ def _check_installed() -> None:
         raise ValueError(f"a calibration needs {', '.join(missing)}; install the extra: pip install 'trimmed-mllama[report]'")
 
 
-def _check_sample(config: RunConfig, sample: int) -> None:
-    """Raises ``ValueError`` where the output folder holds a calibration on another sample."""
+def _output(config: RunConfig) -> Storage:
     from pipeline.storage import Storage
 
-    output = Storage(config.output, config.storage_options)
+    return Storage(config.output, config.storage_options)
+
+
+def _check_sample(config: RunConfig, sample: int) -> None:
+    """Raises ``ValueError`` where the output folder holds a calibration on another sample."""
+    output = _output(config)
     try:
         there = json.loads(output.read(SAMPLE))
     except FileNotFoundError:
@@ -146,10 +159,9 @@ def _check_sample(config: RunConfig, sample: int) -> None:
 
 def _note_sample(config: RunConfig, sample: int) -> None:
     from pipeline import record
-    from pipeline.storage import Storage
 
     said = json.dumps({"sample": sample, "seed": config.seed}).encode()
-    Storage(config.output, config.storage_options).write(SAMPLE, said, temporary=record.UNFINISHED.format(part=""))
+    _output(config).write(SAMPLE, said, temporary=record.UNFINISHED.format(part=""))
 
 
 def _conditions(config: RunConfig, plan: Any) -> dict[str, str]:
@@ -164,9 +176,8 @@ def _write(config: RunConfig, calibration: Any, plan: Any) -> None:
     """The result's files; the configuration only where a K holds and errors are few."""
     from jobs.calibration import page
     from pipeline import record
-    from pipeline.storage import Storage
 
-    output = Storage(config.output, config.storage_options).patient()
+    output = _output(config).patient()
     written = {
         CURVE: page.curve(calibration),
         PAGE: page.markdown(calibration, _conditions(config, plan), CURVE).encode(),

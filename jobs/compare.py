@@ -42,15 +42,16 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, reads, compares and writes; returns the exit code: 0 done, 1 broke off, 2 refused with nothing written."""
     made = parser()
+    options.print_anything()
     try:
         given = made.parse_args(arguments).as_dict()
         report, runs, out = _read(given)
+        out.mkdir(parents=True, exist_ok=True)
     except KeyboardInterrupt:
         return options.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever a store answers: nothing has been written
         return options.refuse(made, error)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, so that no half file stands for a report.
         unfinished = out / f".{REPORT}"
         unfinished.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

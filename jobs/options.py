@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -60,6 +62,7 @@ def field_docs() -> dict[str, str]:
 def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixed: Any) -> int:
     """Parses, plans, runs and reports; returns the exit code: 0 done, 1 broke off, 2 refused with nothing written, 3 done with
     too many errors."""
+    print_anything()
     try:
         given = made.parse_args(arguments).as_dict()
         given.pop("config"), given.pop("print_config", None)
@@ -70,8 +73,9 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
 
     from pipeline.plan import make_plan
 
+    say = partial(print, file=sys.stderr, flush=True)
     try:
-        plan = make_plan(config)
+        plan = make_plan(config, say=say)
     except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been started or written
         return refuse(made, error)
 
@@ -82,11 +86,11 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
         return 0
     from pipeline import cluster, graph, record
 
-    for line in filter(None, (report.heading(plan), report.advice(plan))):
-        print(line, file=sys.stderr, flush=True)
+    for line in (report.heading(plan), *report.advice(plan)):
+        say(line)
     try:
-        summary = graph.run(plan, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except (cluster.TooSmallError, record.RefusalError) as error:
+        summary = graph.run(plan, say=say)
+    except (cluster.TooSmallError, cluster.UnusableError, record.RefusalError) as error:
         # No wider: what Ray raises for a task's ValueError, in the middle of a run, is a ValueError too.
         return refuse(made, error)
     except (KeyboardInterrupt, cluster.Terminated) as stopped:
@@ -100,6 +104,12 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
         print(f"{made.prog}: {report.too_many_errors(summary, config.max_error_rate)}", file=sys.stderr)
         return TOO_MANY_ERRORS
     return 0
+
+
+def print_anything() -> None:
+    """A letter that the locale lacks, in a folder's name or in our own words, comes out as its number."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def refuse(made: ArgumentParser, error: Exception) -> int:

@@ -14,13 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.retries import transient
 
 POLL = 2.0
-"""Seconds between two looks at a cluster that is to grow."""
+"""Seconds between two looks at a cluster that is to grow, or to come up."""
+JOINING = 90.0
+"""Seconds within which a cluster that does not answer is tried again; a try takes Ray up to 41 of them."""
+
+# Ray sends the command line on, as UTF-8.
+UTF8 = "the command line has letters that the locale lacks: set PYTHONUTF8=1 or a UTF-8 locale, such as LC_ALL=C.UTF-8"
 
 
 class TooSmallError(ValueError):
     """The run does not fit on the cluster; nothing has been written."""
+
+
+class UnusableError(ValueError):
+    """Ray can't be started here, or the cluster not joined; nothing has been written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +46,11 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, say: Callable[[str], object] = lambda line: None) -> Iterator[None]:
     """Ray, joined where an address is given or RAY_ADDRESS names one, else started here and stopped afterwards.
 
-    A Ray that the caller has started is used and left alone. SIGTERM raises ``Terminated`` inside.
+    A Ray that the caller has started is used and left alone. SIGTERM raises ``Terminated`` inside. ``say`` takes a line where
+    a cluster is waited for. Raises ``UnusableError`` where none comes, and where Ray can't use what it is given.
     """
     # Ray warns of its next version's default otherwise; with 0 it leaves CUDA_VISIBLE_DEVICES alone for actors without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -57,19 +68,80 @@ def connected(address: str | None) -> Iterator[None]:
         with _terminable():
             yield
         return
+    named = "ray_address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # Reads and writes take a CPU each beside the actor's: on one core Ray has to be told that there are two.
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
-        options |= {"num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
-    with _no_native_stderr():
-        ray.init(address, **options)
+    try:
+        if address == "local":
+            _start()
+        else:
+            _join(address, named, say)
+    except SystemExit:
+        # Ray's own handler of SIGTERM.
+        raise Terminated from None
     try:
         # After ray.init, which sets a handler of its own.
         with _terminable():
             yield
     finally:
         ray.shutdown()
+
+
+def _start() -> None:
+    # Reads and writes take a CPU each beside the actor's: on one core Ray has to be told that there are two.
+    cpus = max(2, os.cpu_count() or 1)
+    try:
+        _init("local", num_cpus=cpus, include_dashboard=False)
+    except (OSError, UnicodeError) as error:
+        # What else goes wrong there, as on a machine that is overloaded, may pass.
+        if transient(error):
+            raise
+        folders = (
+            "point HOME and TMPDIR (or RAY_TMPDIR, if it is set) to folders that can be written, with a short path and room"
+        )
+        remedy = UTF8 if isinstance(error, UnicodeError) else folders
+        raise UnusableError(f"Ray can't start here: {_line(error)}; {remedy}") from error
+
+
+def _join(address: str, named: str, say: Callable[[str], object]) -> None:
+    # Tries of Ray's own in one ray.init, each of them silent and 41 seconds long where nobody answers; the default is 20.
+    os.environ["RAY_gcs_server_port_wait_time_s"] = "1"  # noqa: SIM112 - as Ray spells it
+    deadline, told = time.monotonic() + JOINING, False
+    while True:
+        try:
+            return _init(address)
+        except ConnectionError as error:
+            if time.monotonic() >= deadline:
+                raise _unusable(address, named, error) from error
+            if not told:
+                say(f"waiting up to two minutes for the cluster of {named}={address!r}: {_line(error)}")
+                told = True
+        except Exception as error:
+            raise _unusable(address, named, error) from error
+        time.sleep(POLL)
+
+
+def _unusable(address: str, named: str, error: Exception) -> UnusableError:
+    start = "start that cluster (or run on one of its machines), or "
+    remedy = start + ("drop --ray-address" if named == "ray_address" else f"unset {named}")
+    if isinstance(error, UnicodeError):
+        remedy = UTF8
+    return UnusableError(f"{named}={address!r} can't be joined: {_line(error)}; {remedy}")
+
+
+def _init(address: str, **options: Any) -> None:
+    import ray
+
+    try:
+        with _no_native_stderr():
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except BaseException:
+        # Processes that had been started.
+        ray.shutdown()
+        raise
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 from pyarrow import types
 
-from pipeline.parquet import open_parquet
+from pipeline.parquet import damaged, open_parquet
 from pipeline.schema import Columns, is_list, plain
 from pipeline.storage import Storage
-from pipeline.units import Shard, damaged
+from pipeline.units import Shard
 
 _READERS = 8
 _BATCH = 65536

@@ -20,9 +20,9 @@ def run(plan: Plan, say: Callable[[str], object] = lambda line: None, actor: typ
     """Does what is left of ``plan`` and returns its summary; a finished run is not touched.
 
     ``say`` takes a line on what is waited for or deleted. ``actor`` runs instead of ``Answerer``, with its arguments and its
-    call: ``benchmarks.scale`` measures with one that answers at once. Raises ``cluster.TooSmallError`` before anything is
-    written, ``RefusalError`` where another run writes to the folder, Ray's exceptions where the run broke off, and
-    ``ValueError`` where all units are written and do not have the plan's rows.
+    call: ``benchmarks.scale`` measures with one that answers at once. Raises ``cluster.TooSmallError`` and ``UnusableError``
+    before anything is written, ``RefusalError`` where another run writes to the folder or nobody can, Ray's exceptions where
+    the run broke off, and ``ValueError`` where all units are written and do not have the plan's rows.
     """
     if (summary := _finished(plan)) is not None:
         return summary
@@ -30,17 +30,19 @@ def run(plan: Plan, say: Callable[[str], object] = lambda line: None, actor: typ
     began = time.monotonic()
     with lock.locked(plan.output, say, plan.part):
         # Another run may have written while this one planned, or waited for its lock.
-        plan = look_again(plan)
-        if (summary := _finished(plan)) is not None:
-            return summary
-        stats, working = record.read_markers(plan.output, plan.finished), 0.0
+        with lock.refusing(plan.output):
+            plan = look_again(plan)
+            if (summary := _finished(plan)) is not None:
+                return summary
+            stats, working = record.read_markers(plan.output, plan.finished), 0.0
         if plan.remaining:
-            with cluster.connected(plan.config.ray_address), cluster.fitted(plan.config, say) as resources:
+            with cluster.connected(plan.config.ray_address, say), cluster.fitted(plan.config, say) as resources:
                 if plan.removes:
                     say(f"deleting {len(plan.removes)} files of the run in {plan.output.url}")
                     record.delete(plan.output, plan.removes)
                 started = datetime.now(UTC).isoformat(timespec="seconds")
-                record.begin(plan.output, plan.record() | {"started": started}, plan.part)
+                with lock.refusing(plan.output):
+                    record.begin(plan.output, plan.record() | {"started": started}, plan.part)
                 now = time.monotonic()
                 stats += _execute(plan, resources, actor)
                 working = time.monotonic() - now

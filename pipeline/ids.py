@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cells import strings
-from pipeline.parquet import open_parquet
+from pipeline.parquet import damaged, open_parquet
 from pipeline.storage import Storage
-from pipeline.units import Unit, damaged
+from pipeline.units import Unit
 
 _READERS = 8
 _BATCH = 65536

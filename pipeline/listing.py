@@ -53,30 +53,21 @@ def list_input(url: str, options: dict[str, Any]) -> Listing:
     Raises ``FileNotFoundError`` where nothing is left, and ``ValueError`` for a shard whose name can't be used.
     """
     fs, path = filesystem(url, options)
-    path = path.rstrip("/")
-    # A file's own name may hold a wildcard character.
-    exists = fs.exists(path)
-    if not exists and not any(c in path for c in _MAGIC):
-        raise FileNotFoundError(f"input={url!r} does not exist")
-    if exists and fs.isfile(path):
-        root, found, skipped = posixpath.dirname(path), [path], _Skipped()
-    elif exists:
-        root = path
-        found, skipped = _find(fs, root, local=is_local(url))
-        skipped.add(OTHER, [_relative(p, root) for p in found if not p.endswith(".parquet")])
-        found = [p for p in found if p.endswith(".parquet")]
-    else:
-        root = posixpath.dirname(path[: min(path.index(c) for c in _MAGIC if c in path)])
-        found, skipped = _match(fs, root, path, local=is_local(url))
-    names = sorted(_relative(p, root) for p in found)
+    try:
+        root, found, skipped = _look(fs, path.rstrip("/"), is_local(url))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"input={url!r} does not exist") from None
+    except Exception as error:
+        # Stores say no more than "Access Denied".
+        raise ValueError(f"input={url!r} can't be listed ({type(error).__name__}: {error})") from error
     left_out = skipped.entries()
-    if not names:
+    if not found:
         beside = f"; {describe(left_out)}" if left_out else ""
         raise FileNotFoundError(f"input={url!r} holds no parquet file{beside}")
     for path in found:
         _check_name(path)
     scheme = "" if is_local(url) else url.split("://", 1)[0] + "://"
-    return Listing(Storage(scheme + root, options), names, left_out)
+    return Listing(Storage(scheme + root, options), sorted(_relative(path, root) for path in found), left_out)
 
 
 def describe(skipped: dict[str, list[str]]) -> str:
@@ -115,6 +106,21 @@ def _check_name(path: str) -> None:
         raise ValueError(
             f"the key {path!r} has an empty name between two slashes, which no path says; rename it, or name others"
         )
+
+
+def _look(fs: AbstractFileSystem, path: str, local: bool) -> tuple[str, list[str], _Skipped]:
+    """The root, and paths under it. Raises ``FileNotFoundError``, and what the store raises."""
+    # A file's own name may hold a wildcard character.
+    if fs.exists(path):
+        if fs.isfile(path):
+            return posixpath.dirname(path), [path], _Skipped()
+        found, skipped = _find(fs, path, local)
+        skipped.add(OTHER, [_relative(p, path) for p in found if not p.endswith(".parquet")])
+        return path, [p for p in found if p.endswith(".parquet")], skipped
+    if not any(c in path for c in _MAGIC):
+        raise FileNotFoundError(path)
+    root = posixpath.dirname(path[: min(path.index(c) for c in _MAGIC if c in path)])
+    return root, *_match(fs, root, path, local)
 
 
 def _find(fs: AbstractFileSystem, root: str, local: bool) -> tuple[list[str], _Skipped]:

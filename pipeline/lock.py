@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.record import HOLDER, LOCK, UNFINISHED, RefusalError
+from pipeline.retries import transient
 from pipeline.storage import Storage
 
 LEASE = 45.0
@@ -43,12 +44,29 @@ class LostError(RuntimeError):
 def locked(output: Storage, say: Callable[[str], object] = lambda line: None, part: str = "") -> Iterator[None]:
     """Holds the lock of ``output``, or of a partition of the run there (``record.part``).
 
-    Raises ``RefusalError`` where another run holds it; ``LostError`` where it is taken away.
+    Raises ``RefusalError`` where another run holds it, or nothing can be written there; ``LostError`` where it is taken away.
     ``say`` takes a line where there is something to wait for.
     """
     place = _Place(output, part)
     with _local(place) if output.local else _leased(place, say):
         yield
+
+
+@contextmanager
+def refusing(output: Storage) -> Iterator[None]:
+    """Around what is read and written before a run begins: what fails, and will not pass by itself, is a ``RefusalError``."""
+    try:
+        yield
+    except RefusalError:
+        raise
+    except Exception as error:
+        if transient(error):
+            raise
+        said = " ".join(str(error).split())[:500]
+        remedy = "name a folder that can be written, or mend this one"
+        if isinstance(error, UnicodeError):
+            remedy = "set PYTHONUTF8=1 (or a UTF-8 locale, as LC_ALL=C.UTF-8), or name another folder"
+        raise RefusalError(f"output={output.url!r} can't be used: {said or type(error).__name__}; {remedy}") from error
 
 
 class _Place:
@@ -80,33 +98,54 @@ class _Place:
 
 @contextmanager
 def _local(place: _Place) -> Iterator[None]:
-    path, fresh = place.output.path(place.lock), not os.path.exists(place.output.open()[1])
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    lock = FileLock(path)
+    lock, fresh = FileLock(place.output.path(place.lock)), _missing(place.output.open()[1])
+    try:
+        with refusing(place.output):
+            _take(lock, place)
+        yield
+    finally:
+        # Not where another run holds it.
+        if lock.is_locked:
+            place.output.remove(place.holder)
+            lock.release()
+            _tidy(place, fresh)
+        elif fresh:
+            _remove_empty(fresh)
+
+
+def _take(lock: FileLock, place: _Place) -> None:
+    os.makedirs(os.path.dirname(lock.lock_file), exist_ok=True)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise place.held(place.read()) from None
-    try:
-        place.write(_holder())
-        yield
-    finally:
-        place.output.remove(place.holder)
-        lock.release()
-        _tidy(place, fresh)
+    place.write(_holder())
 
 
-def _tidy(place: _Place, fresh: bool) -> None:
-    """Leaves nothing of a run that was refused before it wrote anything."""
-    run, output = os.path.dirname(place.output.path(place.lock)), place.output.open()[1]
+def _missing(folder: str) -> list[str]:
+    """``folder`` and those above it that are not there, the innermost first."""
+    missing = []
+    while not os.path.exists(folder) and folder != os.path.dirname(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def _remove_empty(folders: list[str]) -> None:
+    for folder in folders:
+        with suppress(OSError, ValueError):
+            os.rmdir(folder)
+
+
+def _tidy(place: _Place, fresh: list[str]) -> None:
+    """Leaves nothing of a run that was refused before it wrote anything; ``fresh`` are folders that it has made."""
+    run = os.path.dirname(place.output.path(place.lock))
     left = {
         name for folder in (run, place.output.path(place.temporary)) if os.path.isdir(folder) for name in os.listdir(folder)
     }
     if left <= {os.path.basename(place.lock), os.path.basename(place.temporary)}:
         place.output.remove(place.lock)
-        for folder in (place.output.path(place.temporary), run, *([output] if fresh else [])):
-            with suppress(OSError):
-                os.rmdir(folder)
+        _remove_empty([place.output.path(place.temporary), run, *fresh])
 
 
 @contextmanager
@@ -130,10 +169,11 @@ class _Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self, say: Callable[[str], object]) -> None:
-        self._wait(say)
-        self.place.write(self.holder)
-        time.sleep(SETTLE)
-        found = self.place.read()
+        with refusing(self.place.output):
+            self._wait(say)
+            self.place.write(self.holder)
+            time.sleep(SETTLE)
+            found = self.place.read()
         if not self._mine(found):
             raise self.place.held(found)
         self._thread.start()

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.process import EndedError, Process, serve
+from pipeline.retries import transient
 
 SECONDS = 120.0
 """A footer that is not parsed by then never will be."""
@@ -42,6 +43,13 @@ def open_parquet(handle: IO[bytes] | pa.NativeFile) -> pq.ParquetFile:
     INT96 timestamps come in microseconds: in nanoseconds, Arrow's default, 9999-12-31 comes out as 1816.
     """
     return pq.ParquetFile(handle, coerce_int96_timestamp_unit="us", page_checksum_verification=True)
+
+
+def damaged(error: Exception) -> bool:
+    """Whether bytes that came are no parquet, rather than bytes that did not come: Arrow's own errors carry no number."""
+    if transient(error):
+        return False
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def tail(read: Callable[[int, int], bytes], size: int) -> bytes:

@@ -8,7 +8,7 @@ How input columns come out
 - Every other column passes through, the question and the answer among them. One that bears an output column's name, in any
   case (DuckDB tells no cases apart), comes out as ``input_<name>``; so does an ``id`` column that is not the id column.
 - Only the shards' schemas decide the output's, never what a shard happens to hold. Types that differ between shards are widened
-  where Arrow can widen them without loss, and refused otherwise.
+  where Arrow can widen them, and refused otherwise; so is a value that the wider type does not hold (``pipeline.convert``).
 """
 
 from __future__ import annotations

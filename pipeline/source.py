@@ -16,10 +16,10 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline import cells, schema
 from pipeline.convert import convert
 from pipeline.cuts import find_cut
-from pipeline.parquet import open_parquet
+from pipeline.parquet import damaged, open_parquet
 from pipeline.schema import Columns
 from pipeline.storage import Storage
-from pipeline.units import Unit, damaged, row_id
+from pipeline.units import Unit, row_id
 
 if TYPE_CHECKING:
     from ray.data.context import DataContext

@@ -16,7 +16,6 @@ from itertools import accumulate, pairwise
 import pyarrow as pa
 
 from pipeline.parquet import FooterReader, tail
-from pipeline.retries import transient
 from pipeline.storage import Storage
 
 UNIT_BYTES = 256 * 2**20
@@ -79,12 +78,16 @@ class Unit:
 
 
 def read_footers(root: Storage, names: Sequence[str]) -> list[Shard]:
-    """The shards' footers, fetched side by side. Raises ``ValueError`` for a file that is not parquet."""
+    """The shards' footers, fetched side by side. Raises ``ValueError`` for a file that is no parquet or can't be had."""
     with closing(FooterReader()) as reader, ThreadPoolExecutor(16) as pool:
         one_at_a_time = threading.Lock()
 
         def read(name: str) -> Shard:
-            data, stamp = root.patiently(lambda: _fetch(root, name))
+            try:
+                data, stamp = root.patiently(lambda: _fetch(root, name))
+            except Exception as error:
+                # Stores say no more than the key, or not even that.
+                raise ValueError(f"{name} can't be read from {root.url} ({type(error).__name__}: {error})") from error
             try:
                 with one_at_a_time:
                     footer = reader(data)
@@ -104,13 +107,6 @@ def _fetch(root: Storage, name: str) -> tuple[bytes, str]:
     info = fs.info(path)
     stamp = hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest()[:16]
     return tail(lambda start, stop: fs.cat_file(path, start=start, end=stop), info["size"]), stamp
-
-
-def damaged(error: Exception) -> bool:
-    """Whether bytes that came are no parquet, rather than bytes that did not come: Arrow's own errors carry no number."""
-    if transient(error):
-        return False
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None) -> list[Unit]:

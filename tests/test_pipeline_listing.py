@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,24 @@ def test_nothing_found(tree: tuple[str, dict[str, Any]], pattern: str) -> None:
     fs.rm_file(f"{path}/b/.run/x.parquet")
     with pytest.raises(FileNotFoundError, match="input="):
         list_input(f"{url}{pattern}", options)
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:  # noqa: N802 - its name
+        self.send_error(403)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_store_that_refuses_says_what_it_was_asked(s3: dict[str, Any]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forbidding) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match=r"^input='s3://bucket/x/\*' can't be listed \(PermissionError: .+\)$"):
+            list_input("s3://bucket/x/*", s3 | {"endpoint_url": f"http://127.0.0.1:{server.server_port}"})
+        server.shutdown()
 
 
 def test_a_folder_of_records_alone_says_what_it_holds(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ def test_writing_twice_leaves_one_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.parquet"))) == 1
 
 
+def test_what_is_written_can_be_verified(tmp_path: Path) -> None:
+    sink(tmp_path).write([block("a", "b")], None)  # type: ignore[arg-type]
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    place = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    data[place.dictionary_page_offset + place.total_compressed_size - 1] ^= 1
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum verification failed"):
+        pq.read_table(tmp_path / "a.parquet", page_checksum_verification=True)
+
+
 def test_a_unit_that_lost_rows_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unit a came with 1 rows instead of 2"):
         sink(tmp_path).write([block("a", rows=1)], None)  # type: ignore[arg-type]

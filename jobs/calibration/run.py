@@ -17,7 +17,6 @@ from pipeline.storage import Storage
 from pipeline.units import Unit
 
 RUNS = "runs"
-REQUEST = ".run/sample.json"
 ALL = "all"
 SHARED = "images were encoded once for all of a calibration's runs: their speeds are no run's own"
 ROWS_AT_ONCE = 64
@@ -132,10 +131,14 @@ class Hope:
         return lower_bound(best, self.rows, self.target.confidence) < self.target.agreement
 
 
-def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object]) -> None:
-    """Answers what is left of all the plans, but for those whose K can't hold ``target``."""
+def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object], begin: Callable[[], object]) -> None:
+    """Answers what is left of all the plans, but for those whose K can't hold ``target``.
+
+    ``begin`` writes what the caller has to write before any answer, once there is a cluster to answer.
+    """
     hope = Hope(target, found[ALL].rows)
-    full = _resume(found, hope)
+    with lock.refusing(found[ALL].output):
+        full = _resume(found, hope)
     patient = {name: replace(plan, output=plan.output.patient()) for name, plan in found.items()}
     goes_on = any(plan.remaining for name, plan in patient.items() if not hope.lost(name))
     # A start that was killed at its very end has left no summary.
@@ -143,7 +146,7 @@ def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object]
         return
     with lock.locked(patient[ALL].output, say):
         if goes_on:
-            _go_on(patient, hope, full, say)
+            _go_on(patient, hope, full, say, begin)
         for plan in map(look_again, patient.values()):
             if _unsummed(plan):
                 record.write_summary(plan.output, record.summarise(record.read_markers(plan.output, plan.finished)))
@@ -154,12 +157,20 @@ def _unsummed(plan: Plan) -> bool:
     return plan.begun and not plan.remaining and record.read_summary(plan.output) is None
 
 
-def _go_on(found: dict[str, Plan], hope: Hope, full: dict[str, str | None], say: Callable[[str], object]) -> None:
+def _go_on(
+    found: dict[str, Plan],
+    hope: Hope,
+    full: dict[str, str | None],
+    say: Callable[[str], object],
+    begin: Callable[[], object],
+) -> None:
     first = found[ALL]
     with cluster.connected(first.config.ray_address, say), cluster.fitted(first.config, say) as resources:
-        for plan in found.values():
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            record.begin(plan.output, plan.record() | {"started": now, "shared": SHARED})
+        with lock.refusing(first.output):
+            begin()
+            for plan in found.values():
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                record.begin(plan.output, plan.record() | {"started": now, "shared": SHARED})
         _answer(found, resources, hope, full)
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import record, schema
+from pipeline.parquet import damaged
 from pipeline.storage import Storage
 
 CHUNK_ROWS = 65_536
@@ -203,11 +204,14 @@ def _read_unit(folder: Storage, unit: str, columns: Sequence[str]) -> pa.Table:
     name = f"{unit}.parquet"
     try:
         if folder.local:
-            return pq.read_table(folder.path(name), columns=columns, partitioning=None).select(columns)
+            file = folder.path(name)
+            return pq.read_table(file, columns=columns, partitioning=None, page_checksum_verification=True).select(columns)
         # One request: a unit's file is small, and a reader would ask for its footer and each column.
         data = pa.BufferReader(folder.read(name))
-        return pq.read_table(data, columns=columns).select(columns)
-    except (pa.ArrowException, KeyError) as error:
+        return pq.read_table(data, columns=columns, page_checksum_verification=True).select(columns)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        if isinstance(error, OSError) and not damaged(error):
+            raise
         raise ValueError(f"run {folder.url!r} has an unreadable {name} ({_short(error)})") from error
 
 
