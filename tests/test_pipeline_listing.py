@@ -94,10 +94,10 @@ def test_nothing_found(tree: tuple[str, dict[str, Any]], pattern: str) -> None:
 
 
 class Forbidding(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802 - its name
+    def do_GET(self) -> None:
         self.send_error(403)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def log_message(self, *_: object) -> None:
         pass
