@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, answers the sample, and reports; the exit code: 0 a K holds, 1 broke off (the same command continues), 2 refused,
-    3 too many errors to choose by, 4 no K holds."""
+    3 too many errors to choose by, 4 no K holds, or the sample is too small to show it."""
     made = parser()
     options.print_anything()
     try:
@@ -61,18 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jobs.calibration import page, run
     from jobs.report import cause, count, heading, skipped
 
+    say = partial(print, file=sys.stderr, flush=True)
     try:
         _check_installed()
         _check_sample(config, sample)
-        found = run.plans(config, k_ratios, sample, config.seed)
+        found = run.plans(config, k_ratios, sample, config.seed, say)
+    except KeyboardInterrupt:
+        return options.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been started or written
         return options.refuse(made, error)
     first = found[run.ALL]
     asked = run.Target(**target)
-    if (small := page.too_small(asked, first.rows, first.rows)) is not None:
-        if not dry_run:
-            # What an earlier look at this sample chose, for another target.
-            _output(config).remove(CONFIGURATION)
+    small = page.too_small(asked, first.rows, first.rows)
+    # What has been answered, for another target, can be looked at again.
+    if small is not None and (dry_run or not all(plan.finished for plan in found.values())):
         print(f"{made.prog}: {small}", file=sys.stderr)
         return NOTHING_HOLDS
     said = "\n".join([f"{heading(first)}; and K = {', '.join(f'{k:g}' for k in k_ratios)}", *skipped(first)])
@@ -83,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline import cluster, record
 
     try:
-        say = partial(print, file=sys.stderr, flush=True)
-        run.execute(found, asked, say, begin=partial(_note_sample, config, sample))
+        if small is None:
+            run.execute(found, asked, say, begin=partial(_note_sample, config, sample))
         calibration = run.read(found, k_ratios, asked)
         _write(config, calibration, first)
     except (cluster.TooSmallError, cluster.UnusableError, record.RefusalError) as error:

@@ -104,7 +104,7 @@ def _folder(out: str) -> Path:
     """Where the report goes. Raises ``ValueError`` for a place that holds something else."""
     if "://" in out:
         raise ValueError(f"out={out!r} is not a local folder; copy the report there afterwards")
-    folder = Path(out)
+    folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={out!r} is a file; name a folder")
     names = {path.name for path in folder.iterdir() if path.name != f".{REPORT}"} if folder.exists() else set()

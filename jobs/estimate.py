@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         found = report.build(given)
         if given["json"]:
-            Path(given["json"]).write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            Path(given["json"]).expanduser().write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except KeyboardInterrupt:
         return options.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been written

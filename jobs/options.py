@@ -76,6 +76,8 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
     say = partial(print, file=sys.stderr, flush=True)
     try:
         plan = make_plan(config, say=say)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been started or written
         return refuse(made, error)
 

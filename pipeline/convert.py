@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import pyarrow as pa
 from pyarrow import types
@@ -11,7 +12,7 @@ from pyarrow import types
 from pipeline.parquet import damaged, open_parquet
 from pipeline.schema import Columns, is_list, plain
 from pipeline.storage import Storage
-from pipeline.units import Shard
+from pipeline.units import Shard, Unit
 
 _READERS = 8
 _BATCH = 65536
@@ -54,40 +55,55 @@ def _repaired(array: pa.Array) -> pa.Array:
     return pa.Array.from_buffers(kind, len(array), array.buffers()[:own], children=[_repaired(each) for each in inside])
 
 
-def check_values(root: Storage, shards: Sequence[Shard], columns: Columns) -> None:
-    """Raises ``ValueError`` where a shard holds a value that the type which it shares with the other shards can't.
+def check_values(
+    root: Storage,
+    shards: Sequence[Shard],
+    units: Sequence[Unit],
+    columns: Columns,
+    say: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Raises ``ValueError`` where a row of ``units`` holds a value that the type which its shard shares with the others can't.
 
     Only columns whose types don't tell are read, such as one of int64 that others have as double.
     """
+    stops: dict[str, int] = {}
+    for unit in units:
+        stops[unit.shard] = max(stops.get(unit.shard, 0), unit.stop)
     doubtful = []
     for shard in shards:
         kinds = {name: columns.types.field(out).type for name, out in columns.passed if name in shard.schema.names}
         asked = {name: kind for name, kind in kinds.items() if not _always_fits(plain(shard.schema.field(name).type), kind)}
-        if asked:
-            doubtful.append((shard, asked))
+        if asked and shard.name in stops:
+            doubtful.append((shard, stops[shard.name], asked))
+    if not doubtful:
+        return
+    names = sorted({name for _, _, asked in doubtful for name in asked})
+    say(f"looking whether the shards' common types hold all values of {', '.join(names)} in {len(doubtful):,} of them")
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(lambda each: root.patiently(lambda: _check(root, *each)), doubtful))
 
 
-def _check(root: Storage, shard: Shard, kinds: dict[str, pa.DataType]) -> None:
+def _check(root: Storage, shard: Shard, stop: int, kinds: dict[str, pa.DataType]) -> None:
     fs, _ = root.open()
-    try:
-        with fs.open(root.path(shard.name), "rb") as handle:
-            for batch in open_parquet(handle).iter_batches(_BATCH, columns=list(kinds), use_threads=False):
-                for name, kind in kinds.items():
-                    _check_batch(shard.name, name, batch[name], kind)
-    except (pa.ArrowException, OSError) as error:
-        # These rows will say so themselves.
-        if not damaged(error):
-            raise
+    with fs.open(root.path(shard.name), "rb") as handle:
+        file = open_parquet(handle)
+        for group, start in enumerate([0, *accumulate(shard.groups)][:-1]):
+            if start >= stop:
+                return
+            try:
+                for batch in file.iter_batches(_BATCH, row_groups=[group], columns=list(kinds), use_threads=False):
+                    for name, kind in kinds.items():
+                        _check_batch(shard.name, name, batch[name], kind)
+            except (pa.ArrowException, OSError) as error:
+                # These rows will say so themselves.
+                if not damaged(error):
+                    raise
 
 
 def _check_batch(shard: str, name: str, array: pa.Array, kind: pa.DataType) -> None:
     try:
         converted = convert(array, kind)
-        # Arrow rounds these without a word.
-        lost = types.is_decimal(array.type) and types.is_floating(kind) and not converted.cast(array.type).equals(array)
-        said = "digits would be lost" if lost else None
+        said = "digits would be lost" if _loses_digits(array, converted) else None
     except pa.ArrowException as error:
         said = str(error).splitlines()[0].rstrip(".")
     if said is not None:
@@ -95,6 +111,20 @@ def _check_batch(shard: str, name: str, array: pa.Array, kind: pa.DataType) -> N
             f"column {name!r} is {array.type} in {shard} and {kind} for all shards together, which does not hold all of its "
             f"values ({said}); give it one type, or run the shards on their own"
         )
+
+
+def _loses_digits(array: pa.Array, converted: pa.Array) -> bool:
+    """Whether decimals have become floats that are no longer they: Arrow rounds them without a word."""
+    kind = plain(array.type)
+    if not _holds(kind, types.is_decimal) or not _holds(converted.type, types.is_floating):
+        return False
+    # In their text NaNs are equal.
+    return repr(converted.cast(kind).to_pylist()) != repr(array.cast(kind).to_pylist())
+
+
+def _holds(kind: pa.DataType, asked: Callable[[pa.DataType], bool]) -> bool:
+    """Whether ``kind``, or a type inside of it, is one that is ``asked`` for."""
+    return asked(kind) or any(_holds(kind.field(i).type, asked) for i in range(kind.num_fields))
 
 
 def _always_fits(kind: pa.DataType, into: pa.DataType) -> bool:

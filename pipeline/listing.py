@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,9 +34,10 @@ class Listing:
     """By reason: files, and folders with a slash behind them, that were left out."""
 
     def without(self, output: Storage) -> Listing:
-        """The same, less what lies in the ``output`` folder."""
-        prefix = output.open()[1].rstrip("/") + "/"
-        inside = [name for name in self.names if self.root.path(name).startswith(prefix)]
+        """The same, less what lies in the ``output`` folder, also where a link leads there."""
+        real: Callable[[str], str] = os.path.realpath if self.root.local and output.local else str
+        prefix = real(output.open()[1]).rstrip("/") + "/"
+        inside = [name for name in self.names if real(self.root.path(name)).startswith(prefix)]
         if not inside:
             return self
         left = sorted(set(self.names) - set(inside))
@@ -47,20 +48,20 @@ def list_input(url: str, options: dict[str, Any]) -> Listing:
     """The shards of ``url``: a file, a folder (its ``*.parquet`` at any depth) or a glob.
 
     The root is the folder, the file's folder, or the folder above a glob's first wildcard. Local folders are read through
-    symbolic links, each once. What begins with a dot is never read, and what begins with an underscore only where the glob
-    itself says so or it is a ``_key=value`` folder: such are records, markers and unfinished files of Spark's and Hadoop's.
+    symbolic links, each once. Names that begin with a dot are records and never read. So are those with an underscore, Spark's
+    and Hadoop's markers and unfinished files, but for ``_key=value`` folders and where a glob itself writes the underscore.
 
     Raises ``FileNotFoundError`` where nothing is left, and ``ValueError`` for a shard whose name can't be used.
     """
     fs, path = filesystem(url, options)
     try:
-        root, found, skipped = _look(fs, path.rstrip("/"), is_local(url))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"input={url!r} does not exist") from None
+        looked = _look(fs, path.rstrip("/"), is_local(url))
     except Exception as error:
         # Stores say no more than "Access Denied".
         raise ValueError(f"input={url!r} can't be listed ({type(error).__name__}: {error})") from error
-    left_out = skipped.entries()
+    if looked is None:
+        raise FileNotFoundError(f"input={url!r} does not exist")
+    root, found, left_out = looked[0], looked[1], looked[2].entries()
     if not found:
         beside = f"; {describe(left_out)}" if left_out else ""
         raise FileNotFoundError(f"input={url!r} holds no parquet file{beside}")
@@ -108,8 +109,8 @@ def _check_name(path: str) -> None:
         )
 
 
-def _look(fs: AbstractFileSystem, path: str, local: bool) -> tuple[str, list[str], _Skipped]:
-    """The root, and paths under it. Raises ``FileNotFoundError``, and what the store raises."""
+def _look(fs: AbstractFileSystem, path: str, local: bool) -> tuple[str, list[str], _Skipped] | None:
+    """The root, and paths under it; None where there is no such path. Raises what the store raises."""
     # A file's own name may hold a wildcard character.
     if fs.exists(path):
         if fs.isfile(path):
@@ -118,7 +119,7 @@ def _look(fs: AbstractFileSystem, path: str, local: bool) -> tuple[str, list[str
         skipped.add(OTHER, [_relative(p, path) for p in found if not p.endswith(".parquet")])
         return path, [p for p in found if p.endswith(".parquet")], skipped
     if not any(c in path for c in _MAGIC):
-        raise FileNotFoundError(path)
+        return None
     root = posixpath.dirname(path[: min(path.index(c) for c in _MAGIC if c in path)])
     return root, *_match(fs, root, path, local)
 
@@ -179,13 +180,15 @@ def _walk(
         for entry in entries:
             name = posixpath.join(folder, entry.name)
             path, enters = posixpath.join(root, name), depth is None or name.count("/") + 1 < depth
+            is_folder = os.path.isdir(path)
             if records.match(entry.name):
-                if enters if entry.is_dir() else wanted is None or wanted.match(path):
-                    skipped.add(HIDDEN, [name + "/" * entry.is_dir()])
-            elif entry.is_dir():
+                if enters if is_folder else wanted is None or wanted.match(path):
+                    skipped.add(HIDDEN, [name + "/" * is_folder])
+            elif is_folder:
                 if enters:
                     (links if entry.is_symlink() else folders).append(name)
-            elif entry.is_file() or entry.is_symlink():
+            elif os.path.isfile(path) or entry.is_symlink():
+                # A link to nothing is a shard that is missing.
                 files.append(path)
             else:
                 skipped.add(OTHER, [name])

@@ -21,8 +21,19 @@ if TYPE_CHECKING:
     from trimming import Policy
 
 
-# What is loaded of a folder, and so decides the answers: weights, configurations, tokenizer, templates.
-_LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
+# What transformers loads of a folder, and so decides the answers: weights, configurations, tokenizer, templates.
+_LOADED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
 _PIECE = 16 << 20
 
 
@@ -38,19 +49,33 @@ class Checkpoint:
     """Its config.json."""
 
     @cached_property
-    def files(self) -> dict[str, str]:
-        """Digests of what is loaded of a folder, by name: all of it is read, on all cores, when first asked for. Empty for the
-        Hub, where the commit says as much."""
-        if self.revision is not None:
-            return {}
-        folder = Path(self.source)
-        found = sorted({path for pattern in _LOADED for path in folder.glob(pattern)})
-        pieces = [(path, start) for path in found for start in range(0, path.stat().st_size, _PIECE)]
-        digests: dict[str, Any] = {str(path.relative_to(folder)): hashlib.sha256() for path in found}
+    def _read(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        """Stamps and digests of what is loaded of a folder, by name: all of it is read, on all cores, when first asked for."""
+        stamps = self._stamps()
+        pieces = [(name, start) for name, (size, *_) in stamps.items() for start in range(0, size, _PIECE)]
+        digests = {name: hashlib.sha256() for name in stamps}
         with ThreadPoolExecutor() as pool:
-            for (path, _), digest in zip(pieces, pool.map(_piece, pieces), strict=True):
-                digests[str(path.relative_to(folder))].update(digest)
-        return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+            for (name, _), digest in zip(pieces, pool.map(self._piece, pieces), strict=True):
+                digests[name].update(digest)
+        return stamps, {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+
+    def _stamps(self) -> dict[str, tuple[int, ...]]:
+        """What every change of a file changes: nobody sets its third, the time of its last change of any kind."""
+        folder = Path(self.source)
+        found = sorted({path for pattern in _LOADED for path in folder.glob(pattern) if path.is_file()})
+        stats = {str(path.relative_to(folder)): path.stat() for path in found}
+        return {name: (s.st_size, s.st_ino, s.st_ctime_ns) for name, s in stats.items()}
+
+    def _piece(self, piece: tuple[str, int]) -> bytes:
+        name, start = piece
+        with (Path(self.source) / name).open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(_PIECE)).digest()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Digests of what is loaded of a folder, by name; empty for the Hub, where the commit says as much."""
+        return {} if self.revision is not None else self._read[1]
 
     @property
     def identity(self) -> str:
@@ -65,18 +90,12 @@ class Checkpoint:
     def check(self) -> None:
         """Raises ``ValueError`` where the folder holds something else than when ``identity`` was first asked for: another
         machine's folder of this name, or one that was saved over since."""
-        now = Checkpoint(self.source, self.revision, self.config)
-        if now.identity != self.identity:
-            there, here = self.files, now.files
-            differ = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if self.revision is not None or self._stamps() == self._read[0]:
+            return
+        there, here = self.files, Checkpoint(self.source, self.revision, self.config).files
+        differ = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if differ:
             raise ValueError(f"model={self.source!r} is not the one that this run began with; changed: {', '.join(differ[:3])}")
-
-
-def _piece(piece: tuple[Path, int]) -> bytes:
-    path, start = piece
-    with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.sha256(file.read(_PIECE)).digest()
 
 
 def find_checkpoint(model: str, revision: str | None) -> Checkpoint:

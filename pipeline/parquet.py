@@ -55,6 +55,9 @@ def damaged(error: Exception) -> bool:
 def tail(read: Callable[[int, int], bytes], size: int) -> bytes:
     """The end of a file of ``size`` bytes, from its footer on, as far as that can be told; ``read`` takes a range of bytes."""
     last = read(max(0, size - _TAIL), size) if size else b""
+    if last[-4:] not in (b"PAR1", b"PARE"):
+        # Whatever it is, its length of a footer is none.
+        return last[-8:]
     footer = int.from_bytes(last[-8:-4], "little") + 8
     return read(size - footer, size) if len(last) < footer <= size else last[-footer:]
 
@@ -72,6 +75,8 @@ class FooterReader(Process):
         except TimeoutError:
             raise ValueError(f"its footer can't be parsed in {self.seconds:g} s") from None
         except EndedError as error:
+            if error.code >= 0:
+                raise RuntimeError(f"the process that parses footers can't run: {error}") from None
             raise ValueError(f"its footer ends Arrow's reader, {error}: a column is encrypted, or bytes are damaged") from None
         if isinstance(found, str):
             raise ValueError(found)

@@ -59,7 +59,7 @@ def _said(error: Exception) -> str:
 def _load(image: Image.Image, data: bytes) -> None:
     """Loads the samples of the file ``data`` and makes its transparent value one of them.
 
-    A PNG file has that value in its own bits, as does Pillow, which scales grey of 2 and 4 bits to 8 and halves RGB of 16.
+    Pillow leaves that value as a PNG file has it, and makes 8 bits of the samples: of grey of 2 and 4 bits, and of RGB of 16.
     """
     layout = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
     image.load()

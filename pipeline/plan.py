@@ -78,6 +78,7 @@ class Plan:
     def decides(self) -> dict[str, Any]:
         """What two starts must share to be one run."""
         return {
+            "format": record.FORMAT,
             "input": units.input_digest(self.shards),
             "model": self.checkpoint.files or self.checkpoint.identity,
             "schema": str(self.columns.output(self.config.write_kept)),
@@ -147,7 +148,7 @@ def make_plan(
         reader = UnitReader(found.root, columns, plan.image_roots)
         check_unchanged(reader, output, plan.used, record.stamps(output, plan.part), done, say)
     else:
-        check_values(found.root, plan.used, columns)
+        check_values(found.root, shards, planned, columns, say)
         if columns.id:
             check_ids(found.root, planned, columns.id)
     return plan

@@ -22,7 +22,11 @@ _PIPE_BYTES = 1 << 20
 
 
 class EndedError(RuntimeError):
-    """The process has ended by itself; the text says how, e.g. ``SIGSEGV``."""
+    """The process has ended by itself, with ``code``, minus a signal's number; the text says how, e.g. ``SIGSEGV``."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
+        self.code = code
 
 
 class Process:
@@ -57,8 +61,7 @@ class Process:
             self.close()
             raise
         except (BrokenPipeError, EOFError):
-            code = self.close()
-            raise EndedError(f"exit code {code}" if code >= 0 else signal.Signals(-code).name) from None
+            raise EndedError(self.close()) from None
 
     def close(self) -> int:
         """Ends the process; its exit code."""

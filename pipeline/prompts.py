@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import MllamaProcessor
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 DATE = "26 Jul 2024"
 """What Llama's template takes for today where it has no clock. With one, a run that goes on over midnight would ask two
 different questions of rows without an image."""
+
+_BRACKETED = re.compile(r"[<\[{].+[>\]}]", re.DOTALL)
 
 
 class Prompter:
@@ -24,8 +27,11 @@ class Prompter:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self._lock = threading.Lock()
-        # Of Meta's 257 added tokens only three have a name that the tokenizer counts among its special ones.
-        self._special = {id: t.content for id, t in self.tokenizer.added_tokens_decoder.items() if t.content and _marks(t)}
+        # Of Meta's 257 added tokens only three have a name that the tokenizer counts among its special ones, and a fine-tune
+        # may have lost even their mark. Words that somebody has added are words.
+        added = self.tokenizer.added_tokens_decoder
+        self._special = {id: t.content for id, t in added.items() if t.special or _BRACKETED.fullmatch(t.content)}
+        self._silent = {id for id, t in added.items() if t.special or t.content.startswith("<|")}
         self._layouts: dict[int, list[int]] = {}
 
     def text(self, question: str, images: int) -> str:
@@ -48,7 +54,7 @@ class Prompter:
     def words(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens, special ones left out."""
         with self._lock:
-            text: str = self.tokenizer.decode([t for t in tokens if t not in self._special], skip_special_tokens=True)
+            text: str = self.tokenizer.decode([t for t in tokens if t not in self._silent], skip_special_tokens=True)
         return text
 
     def _laid_out(self, question: str, images: int) -> str:
@@ -71,8 +77,3 @@ class Prompter:
     def _specials(self, ids: Sequence[int]) -> list[int]:
         # What a tokenizer has no word for comes out as a special token of its own.
         return [id for id in ids if id in self._special and id != self.tokenizer.unk_token_id]
-
-
-def _marks(token: Any) -> bool:
-    """Whether an added token is more than a word that somebody has added to the vocabulary."""
-    return token.special or not all(letter.isalnum() or letter.isspace() or letter == "_" for letter in token.content)

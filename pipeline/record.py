@@ -61,6 +61,10 @@ _SUMMARY = re.compile(r"summary(-\d+-of-\d+)?\.json")
 _UNIT_FILE = re.compile(r".*-[0-9a-f]{10}-\d{7,}-\d{7,}\.parquet")
 
 
+FORMAT = 2
+"""Of what a run notes about itself, as far as that decides whether another start is the same run."""
+
+
 class RefusalError(ValueError):
     """The output folder holds something that this run must not touch."""
 
@@ -94,6 +98,11 @@ def check_output(output: Storage, decides: dict[str, Any], config: dict[str, Any
     except (ValueError, KeyError, TypeError) as error:
         raise RefusalError(f"output={output.url!r} holds an unreadable {name}; choose another folder") from error
     differ = [name for name in decides if found.get(name) != _as_json(decides[name])]
+    if "format" in differ:
+        raise RefusalError(
+            f"output={output.url!r} holds a run that another version of this program began; finish it with that version, "
+            "choose another folder, or delete that run with --overwrite"
+        )
     if differ:
         was = (_was(there.get(name), config.get(name), found.get(name), decides[name]) for name in differ)
         said = ", ".join(f"{name} ({how})" for name, how in zip(differ, was, strict=True))

@@ -55,14 +55,13 @@ class UnitReader:
         try:
             with self._open(unit, columns.read) as found:
                 start, stop = found.cut(unit.start, unit.start_reach), found.cut(unit.stop, unit.stop_reach)
-                table = found.between(start, stop)
+                rows = self._rows(unit.shard, start, found.between(start, stop))
         except (pa.ArrowException, OSError) as error:
             # A store that does not answer ends the task, and the run can be continued; damaged bytes stay damaged.
             if not damaged(error):
                 raise
             return self._unreadable(unit, start, stop, error)
-        # Outside of that: what Arrow says of a conversion is no damage. Planning has looked whether all values fit.
-        return self._rows(unit.shard, start, table)
+        return rows
 
     @contextmanager
     def _open(self, unit: Unit, columns: Sequence[str]) -> Iterator[_Rows]:

@@ -19,7 +19,8 @@ from pipeline.source import UnitReader, block_rows
 from pipeline.storage import Storage
 from pipeline.units import Shard, Unit
 
-_READERS = 8
+_READERS = 2
+"""Each holds a unit with its images."""
 _SECONDS = 10.0
 """Between two lines on how far it is."""
 
@@ -75,10 +76,10 @@ def _same(reader: UnitReader, output: Storage, unit: Unit) -> bool:
 def _same_images(cells: pa.Array, answers: pa.Table) -> bool:
     from pipeline.images import digest, row_digest
 
-    for cell, there in zip(cells, answers[schema.IMAGE_DIGEST].to_pylist(), strict=True):
-        files = [member["bytes"] for member in cell.as_py() if member["bytes"] is not None]
-        # An image that could not be had has left no digest.
-        if there is not None and row_digest([digest(file) for file in files]) != there:
+    for cell, there, error in zip(cells, *(answers[n].to_pylist() for n in (schema.IMAGE_DIGEST, schema.ERROR)), strict=True):
+        files = [member["bytes"] for member in cell.as_py()]
+        # An image that a shard points at and that can't be had, now or then, says nothing of the shard.
+        if error is None and None not in files and row_digest([digest(file) for file in files]) != there:
             return False
     return True
 

@@ -36,8 +36,8 @@ class Shard:
     footer: str = ""
     """Digest of the footer's bytes."""
     stamp: str = ""
-    """Digest of what the store says of the file (an entity tag, times, an inode): other bytes have another, and the same bytes
-    may."""
+    """Digest of what the store says of the file (an entity tag, times, an inode): it changes with the bytes, and also when the
+    same bytes are written again."""
 
     @property
     def rows(self) -> int:

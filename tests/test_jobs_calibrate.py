@@ -82,10 +82,15 @@ def test_a_calibration(
     assert f"k_ratio={found['chosen']:g}" in capsys.readouterr().out
     assert (out / "curve.svg").read_text().startswith("<?xml")
 
-    # The same command again answers nothing anew.
+    # The same command again answers nothing anew, and writes what a start that was killed at its very end has not.
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.parquet")}
+    unsummed = sorted(out.glob("runs/*/.run/summary.json"))
+    for path in unsummed:
+        path.unlink()
     assert calibrate.main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.parquet")} == before
+    assert sorted(out.glob("runs/*/.run/summary.json")) == unsummed
+    assert json.loads((out / "calibration.json").read_text()) == found
 
     # What is lost of it is answered again, and comes out the same.
     lost = sorted((out / "runs/k-0.3/.run/units").iterdir())[:5] + sorted((out / "runs/all/.run/units").iterdir())[3:5]
@@ -186,25 +191,6 @@ def test_a_sample_too_small_to_show_anything_is_told_before_it_is_answered(
     assert "The sample is too small for 99.00% agreement" in captured.err
     assert "its 24 rows show no more than 88.27% even if all agree; 299 rows could show it" in captured.err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_what_a_killed_start_left_undone_is_done_by_the_next(
-    shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path
-) -> None:
-    """All rows answered, and no summary yet: nothing is left to answer, and the run counts as a whole one."""
-    out = tmp_path / "out"
-    arguments = given(shards, out, checkpoint_folder, "--target-agreement", "0.3", "--measure", "edit_similarity")
-    assert calibrate.main(arguments) == 0
-    before = (out / "calibration.json").read_bytes()
-    summaries = sorted(out.glob("runs/*/.run/summary.json"))
-    assert len(summaries) > 1
-    for summary in summaries:
-        summary.unlink()
-    assert calibrate.main(arguments) == 0
-    assert sorted(out.glob("runs/*/.run/summary.json")) == summaries
-    assert (out / "calibration.json").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_refused(

@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_made(
 def test_a_calibration_in_such_a_folder(shard: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--input", str(shard), "--model", checkpoint_folder, "--target-agreement", "0.5", "--output", "/proc/out"]
     assert calibrate.main(options) == 2
-    assert "output='/proc/out' can't be used: " in capsys.readouterr().err.splitlines()[-1]
+    assert "output='/proc/out/runs/all' can't be used: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_report_in_such_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

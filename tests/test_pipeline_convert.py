@@ -27,7 +27,7 @@ def check(folder: Path, *columns: pa.Array) -> pa.DataType:
     root = Storage(str(folder))
     shards = units.read_footers(root, [f"{i}.parquet" for i in range(len(columns))])
     planned = plan_columns([(s.name, s.schema) for s in shards], image="image", question=None, id=None, answer=None)
-    check_values(root, shards, planned)
+    check_values(root, shards, units.plan_units(shards, 100), planned)
     return planned.types.field("n").type
 
 
@@ -43,6 +43,14 @@ REFUSED: dict[str, tuple[pa.Array, pa.Array]] = {
         pa.array([[("a", 0.5)]], pa.map_(pa.string(), pa.float64())),
     ),
     "a far day": (pa.array([DAY], pa.timestamp("us")), pa.array([0], pa.timestamp("ns"))),
+    "many digits in a list": (
+        pa.array([[decimal.Decimal("1234567890123456789.01"), None]], pa.list_(pa.decimal128(38, 2))),
+        pa.array([[float("nan")]], pa.list_(pa.float64())),
+    ),
+    "many digits in a dictionary": (
+        pa.array([decimal.Decimal("1234567890123456789.01")], pa.decimal128(38, 2)).dictionary_encode(),
+        FLOATS,
+    ),
     "many digits": (pa.array([decimal.Decimal("1234567890123456789.01")], pa.decimal128(38, 2)), FLOATS),
 }
 HELD: dict[str, tuple[pa.Array, pa.Array, pa.DataType]] = {
@@ -51,6 +59,13 @@ HELD: dict[str, tuple[pa.Array, pa.Array, pa.DataType]] = {
     "int32 and float": (pa.array([2**31 - 1], pa.int32()), pa.array([0.5], pa.float32()), pa.float64()),
     "signed and not": (pa.array([2**32 - 1], pa.uint32()), pa.array([-1], pa.int32()), pa.int64()),
     "a near day": (pa.array([DAY.replace(2024)], pa.timestamp("us")), pa.array([0], pa.timestamp("ns")), pa.timestamp("ns")),
+    "few digits in a struct": (
+        pa.array(
+            [{"a": decimal.Decimal("0.10"), "b": float("nan")}], pa.struct([("a", pa.decimal128(9, 2)), ("b", pa.float64())])
+        ),
+        pa.array([{"a": 0.5}]),
+        pa.struct([("a", pa.float64()), ("b", pa.float64())]),
+    ),
     "few digits": (pa.array([decimal.Decimal("0.10")], pa.decimal128(10, 2)), FLOATS, pa.float64()),
     "nothing": (pa.nulls(2), pa.array([BIG], pa.int64()), pa.int64()),
     "text and bytes": (pa.array(["é"]), pa.array([b"\xff"], pa.binary()), pa.binary()),
@@ -79,6 +94,27 @@ def test_values_that_it_holds_are_kept(tmp_path: Path, name: str) -> None:
         converted = convert(pa.chunked_array([values]), kind)
         assert converted.type == kind
         assert converted.null_count == values.null_count
+
+
+def test_damage_hides_no_value_behind_it(tmp_path: Path) -> None:
+    """Only as many rows are looked at as the units take."""
+    numbers = pa.array([1, 2, BIG], pa.int64())
+    path = tmp_path / "0.parquet"
+    options: dict[str, Any] = {"row_group_size": 1, "use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    pq.write_table(pa.table({"image": pa.nulls(3, pa.binary()), "n": numbers}), path, **options)
+    data = bytearray(path.read_bytes())
+    place = pq.read_metadata(path).row_group(1).column(1)
+    data[place.data_page_offset + place.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+    pq.write_table(pa.table({"image": pa.nulls(3, pa.binary()), "n": FLOATS}), tmp_path / "1.parquet")
+    root = Storage(str(tmp_path))
+    shards = units.read_footers(root, ["0.parquet", "1.parquet"])
+    planned = plan_columns([(s.name, s.schema) for s in shards], image="image", question=None, id=None, answer=None)
+    said: list[str] = []
+    check_values(root, shards, units.plan_units(shards, 1, 2), planned, said.append)
+    assert said == ["looking whether the shards' common types hold all values of n in 1 of them"]
+    with pytest.raises(ValueError, match="column 'n' is int64 in 0"):
+        check_values(root, shards, units.plan_units(shards, 1), planned)
 
 
 BAD, GOOD = b"caf\xe9 \xff", "caf\ufffd \ufffd"

@@ -138,6 +138,15 @@ def linked(tmp_path: Path) -> Path:
     return root
 
 
+def test_an_output_behind_a_link_is_no_input(linked: Path) -> None:
+    elsewhere = linked.parent / "elsewhere"
+    (linked / "real/y.parquet").unlink()
+    for output in (elsewhere, linked / "linked"):
+        assert list_input(str(linked), {}).without(Storage(str(output))).names == ["real/x.parquet"]
+    (linked.parent / "input").symlink_to(linked)
+    assert list_input(f"{linked.parent}/input", {}).without(Storage(f"{linked}/real")).names == ["linked/deep/x.parquet"]
+
+
 @pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/**"])
 def test_folders_are_read_through_links_and_once(linked: Path, pattern: str) -> None:
     found = list_input(f"{linked}{pattern}", {})
@@ -153,7 +162,10 @@ def test_a_glob_names_folders_through_links(linked: Path) -> None:
 def test_a_link_to_nothing_is_a_shard_that_is_missing(tmp_path: Path) -> None:
     """Not one that is passed over."""
     (tmp_path / "x.parquet").symlink_to(tmp_path / "gone")
-    assert list_input(str(tmp_path), {}).names == ["x.parquet"]
+    (tmp_path / "y").symlink_to(tmp_path / "y")
+    found = list_input(str(tmp_path), {})
+    assert found.names == ["x.parquet"]
+    assert found.skipped == {OTHER: ["y"]}
 
 
 def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:

@@ -192,10 +192,13 @@ def test_what_cannot_be_broken_up_is_refused() -> None:
 
 def test_words_that_somebody_added_are_words() -> None:
     processor = llama_processor()
-    processor.tokenizer.add_tokens(["x-ray", "pneumo thorax"])
-    known = processor.tokenizer.convert_tokens_to_ids("pneumo thorax")
-    assert known in Prompter(processor).tokens("a pneumo thorax?", 1)
-    assert Prompter(processor).words([known]).strip() == "pneumo thorax"
+    processor.tokenizer.add_tokens(words := ["x-ray", "pneumo thorax", "...", "-", "<loc_12>"])
+    prompter = Prompter(processor)
+    for word in words:
+        known = processor.tokenizer.convert_tokens_to_ids(word)
+        assert (known in prompter.tokens(f"a {word}?", 1)) == (word != "<loc_12>"), word
+        # What the model says is its own.
+        assert prompter.words([known]).strip() == word
 
 
 def test_special_tokens_are_left_out_of_answers(processor: Any) -> None:

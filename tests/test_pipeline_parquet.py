@@ -126,3 +126,16 @@ def test_a_flipped_byte_under_a_checksum_is_damage(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(data[:place] + b"is it bed" + data[place + 9 :])
     with (tmp_path / "a.parquet").open("rb") as handle, pytest.raises(OSError, match="CRC checksum verification failed"):
         open_parquet(handle).read()
+
+
+def test_a_file_that_is_no_parquet_is_not_fetched_for_its_footer() -> None:
+    """Its last bytes are no length."""
+    read = []
+
+    def ranges(start: int, stop: int) -> bytes:
+        read.append(stop - start)
+        return b"\x7f" * (stop - start)
+
+    with pytest.raises(ValueError, match="magic bytes not found"):
+        FooterReader()(tail(ranges, 5 << 30))
+    assert read == [1 << 16]

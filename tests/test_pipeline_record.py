@@ -111,6 +111,8 @@ def test_a_folder_is_free_ours_or_refused(tmp_path: Path) -> None:
     now = files | {"b.safetensors": "4", "d.json": "5"}
     with pytest.raises(RefusalError, match=r"differs in model \(its files have changed: b\.safetensors, d\.json\)"):
         record.check_output(Storage(str(tmp_path / "files")), {"model": now}, {"model": "m"})
+    with pytest.raises(RefusalError, match="another version of this program began"):
+        record.check_output(output, decides | {"format": record.FORMAT}, config)
     (tmp_path / "out/.run/run.json").write_text("{")
     with pytest.raises(RefusalError, match="unreadable"):
         record.check_output(output, decides, config)

@@ -90,13 +90,15 @@ def name_of(k_ratio: float) -> str:
     return f"k-{k_ratio:g}"
 
 
-def plans(config: RunConfig, k_ratios: Sequence[float], rows: int, seed: int) -> dict[str, Plan]:
+def plans(
+    config: RunConfig, k_ratios: Sequence[float], rows: int, seed: int, say: Callable[[str], object] = lambda line: None
+) -> dict[str, Plan]:
     """The sample's run with all features, under ``ALL``, then one for each K, all over the same units.
 
     ``config`` keeps all features, and its output is the calibration's folder. Raises what ``make_plan`` raises.
     """
     root = config.output.rstrip("/")
-    first = make_plan(replace(config, output=f"{root}/{RUNS}/{ALL}"), cut=lambda shards: pick(shards, rows, seed))
+    first = make_plan(replace(config, output=f"{root}/{RUNS}/{ALL}"), cut=lambda shards: pick(shards, rows, seed), say=say)
     found = {ALL: first}
     for k_ratio in k_ratios:
         folder = f"{root}/{RUNS}/{name_of(k_ratio)}"

@@ -18,6 +18,8 @@ from pipeline.storage import Storage
 from pipeline.units import Unit, plan_units, read_footers
 
 MOST_PIXELS = 480
+_TOGETHER = 64
+"""Footers read at a time, where not all of them may be needed."""
 """Longest side of a shown image."""
 
 
@@ -145,8 +147,8 @@ class _Shards:
                 raise ValueError(f"no shard there is the one of {name}")
             return read_footers(self.root, own)
         shards: list[Any] = []
-        for shard in self.names:
-            shards += read_footers(self.root, [shard])
+        for start in range(0, len(self.names), _TOGETHER):
+            shards += read_footers(self.root, self.names[start : start + _TOGETHER])
             if sum(each.rows for each in shards) >= limit:
                 break
         return shards
