@@ -83,7 +83,7 @@ class Checkpoint:
         return self.revision or hashlib.sha256(json.dumps(self.files).encode()).hexdigest()[:16]
 
     @property
-    def bytes(self) -> int:
+    def weight_bytes(self) -> int:
         """Of a folder's weights; 0 for the Hub."""
         return 0 if self.revision is not None else sum(path.stat().st_size for path in Path(self.source).glob("*.safetensors"))
 

@@ -119,8 +119,8 @@ def make_plan(
     checkpoint = find_checkpoint(config.model, config.revision)
     _check_tiles(config, checkpoint)
     _check_room(config, checkpoint)
-    if checkpoint.bytes > LONG:
-        say(f"reading {checkpoint.bytes / 2**30:.0f} GiB of weights, to know this model again")
+    if checkpoint.weight_bytes > LONG:
+        say(f"reading {checkpoint.weight_bytes / 2**30:.0f} GiB of weights, to know this model again")
     output = Storage(config.output, config.storage_options)
     found = list_input(config.input, config.storage_options).without(output)
     if not found.names:

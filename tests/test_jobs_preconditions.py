@@ -80,7 +80,8 @@ def test_a_bucket_that_is_not_there(
 
 
 def test_a_store_that_cannot_be_reached_is_no_refusal(free_port: Callable[[], int]) -> None:
-    options = {"endpoint_url": f"http://127.0.0.1:{free_port()}", "key": "test", "secret": "test"}
+    options: dict[str, Any] = {"endpoint_url": f"http://127.0.0.1:{free_port()}", "key": "test", "secret": "test"}
+    options |= {"config_kwargs": {"retries": {"max_attempts": 0}}}
     with pytest.raises(Exception, match="connect") as raised, locked(Storage("s3://bucket/out", options, patience=1)):
         pass
     assert not isinstance(raised.value, record.RefusalError)
