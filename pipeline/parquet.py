@@ -37,12 +37,12 @@ class Footer:
     """Of the footer's bytes, which hold sizes, offsets and statistics."""
 
 
-def open_parquet(handle: IO[bytes] | pa.NativeFile) -> pq.ParquetFile:
+def open_parquet(source: IO[bytes] | pa.NativeFile | str) -> pq.ParquetFile:
     """The file with its checksums verified, where it has any.
 
     INT96 timestamps come in microseconds: in nanoseconds, Arrow's default, 9999-12-31 comes out as 1816.
     """
-    return pq.ParquetFile(handle, coerce_int96_timestamp_unit="us", page_checksum_verification=True)
+    return pq.ParquetFile(source, coerce_int96_timestamp_unit="us", page_checksum_verification=True)
 
 
 def damaged(error: Exception) -> bool:

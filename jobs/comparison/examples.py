@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.comparison.overlay import Geometry
@@ -21,6 +20,7 @@ from jobs.comparison.report import reference_columns
 from jobs.comparison.runs import Run
 from jobs.comparison.shelf import Row, Shelf, Shown, said
 from pipeline import schema
+from pipeline.parquet import open_parquet
 from pipeline.storage import Storage
 
 _READERS = 8
@@ -194,7 +194,7 @@ def _find(run: Run, ids: Sequence[str], truths: str | None) -> dict[str, Row]:
 
 def _search(folder: Storage, unit: str, ids: Sequence[str], columns: Sequence[str]) -> dict[str, Row]:
     name = f"{unit}.parquet"
-    file = pq.ParquetFile(folder.path(name) if folder.local else pa.BufferReader(folder.read(name)))
+    file = open_parquet(folder.path(name) if folder.local else pa.BufferReader(folder.read(name)))
     with file:
         have = file.read(columns=[schema.ID])[schema.ID]
         places = pc.indices_nonzero(pc.is_in(have, pa.array(ids, have.type)))
