@@ -61,7 +61,7 @@ def run(
         "complete": True,
         "rows": 10_000,
         "errors": 12,
-        "error_kinds": {"not an image": {"rows": 12, "ids": ["a|b", "c"]}},
+        "error_kinds": {"not an image (N bytes)": {"rows": 12, "ids": ["a|b", "c"], "example": "not an image (17 bytes)"}},
         "images": 10_000,
         "tiles": 23_456,
         "speed": {"gpu_seconds": 1234.5, "images_per_second": 972 / cost, "output_tokens_per_second": 512.3},
@@ -427,6 +427,9 @@ def test_markdown_says_the_same_and_its_pictures_are_there(report: dict[str, Any
     assert "<script" not in text
     assert "<img" not in text
     assert "> **Warning**, trimmed" in text
+    # A kind of error in one row's own words.
+    assert "not an image (17 bytes)" in text
+    assert "N bytes" not in text
     html_pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", (out / "index.html").read_text())
     assert {base64.b64decode(each) for each in html_pictures} == {path.read_bytes() for path in (out / "examples").iterdir()}
 

@@ -46,7 +46,7 @@ def test_numbers_of_a_comparison(tmp_path: Path) -> None:
     assert made["prices"] == {"cpu": 0.1}
     base, mine_run = made["runs"]
     assert (base["name"], base["policy"], base["rows"], base["errors"]) == ("base", "none", 8, 1)
-    assert base["error_kinds"] == {"broken": {"rows": 1, "ids": ["6"]}}
+    assert base["error_kinds"] == {"broken": {"rows": 1, "ids": ["6"], "example": "broken"}}
     # Errors are wrong answers: 5 of 8, of four images; rows without a reference are not judged.
     assert base["scores"]["accuracy"] | {"low": 0, "high": 0} == {"value": 5 / 8, "low": 0, "high": 0, "rows": 8, "clusters": 4}
     assert mine_run["scores"]["accuracy"]["value"] == 6 / 8
