@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, answers the sample, and reports; the exit code: 0 a K holds, 1 broke off (the same command continues), 2 refused,
     3 too many errors to choose by, 4 no K holds, or the sample is too small to show it."""
     made = parser()
-    options.print_anything()
+    options.escape_unencodable()
     try:
         given = made.parse_args(arguments).as_dict()
         given.pop("config"), given.pop("print_config", None)

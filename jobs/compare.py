@@ -42,7 +42,7 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, reads, compares and writes; returns the exit code: 0 done, 1 broke off, 2 refused with nothing written."""
     made = parser()
-    options.print_anything()
+    options.escape_unencodable()
     try:
         given = made.parse_args(arguments).as_dict()
         report, runs, out = _read(given)

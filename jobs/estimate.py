@@ -60,7 +60,7 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, estimates and prints; returns the exit code: 0 done, 2 refused."""
     made = parser()
-    options.print_anything()
+    options.escape_unencodable()
     try:
         given = made.parse_args(arguments).as_dict()
         from jobs.estimation import page, report

@@ -62,7 +62,7 @@ def field_docs() -> dict[str, str]:
 def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixed: Any) -> int:
     """Parses, plans, runs and reports; returns the exit code: 0 done, 1 broke off, 2 refused with nothing written, 3 done with
     too many errors."""
-    print_anything()
+    escape_unencodable()
     try:
         given = made.parse_args(arguments).as_dict()
         given.pop("config"), given.pop("print_config", None)
@@ -108,8 +108,8 @@ def main(job: Job, made: ArgumentParser, arguments: Sequence[str] | None, **fixe
     return 0
 
 
-def print_anything() -> None:
-    """A letter that the locale lacks, in a folder's name or in our own words, comes out as its number."""
+def escape_unencodable() -> None:
+    """Lets stdout escape letters that the locale can't encode, in a folder's name or in our own words."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

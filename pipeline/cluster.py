@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.errors import one_line
 from pipeline.retries import transient
 
 POLL = 2.0
@@ -99,7 +100,7 @@ def _start() -> None:
             "point HOME and TMPDIR (or RAY_TMPDIR, if it is set) to folders that can be written, with a short path and room"
         )
         remedy = UTF8 if isinstance(error, UnicodeError) else folders
-        raise UnusableError(f"Ray can't start here: {_line(error)}; {remedy}") from error
+        raise UnusableError(f"Ray can't start here: {one_line(error)}; {remedy}") from error
 
 
 def _join(address: str, named: str, say: Callable[[str], object]) -> None:
@@ -113,7 +114,7 @@ def _join(address: str, named: str, say: Callable[[str], object]) -> None:
             if time.monotonic() >= deadline:
                 raise _unusable(address, named, error) from error
             if not told:
-                say(f"waiting up to two minutes for the cluster of {named}={address!r}: {_line(error)}")
+                say(f"waiting up to two minutes for the cluster of {named}={address!r}: {one_line(error)}")
                 told = True
         except Exception as error:
             raise _unusable(address, named, error) from error
@@ -125,7 +126,7 @@ def _unusable(address: str, named: str, error: Exception) -> UnusableError:
     remedy = start + ("drop --ray-address" if named == "ray_address" else f"unset {named}")
     if isinstance(error, UnicodeError):
         remedy = UTF8
-    return UnusableError(f"{named}={address!r} can't be joined: {_line(error)}; {remedy}")
+    return UnusableError(f"{named}={address!r} can't be joined: {one_line(error)}; {remedy}")
 
 
 def _init(address: str, **options: Any) -> None:
@@ -138,10 +139,6 @@ def _init(address: str, **options: Any) -> None:
         # Processes that had been started.
         ray.shutdown()
         raise
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 @contextlib.contextmanager

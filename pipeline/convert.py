@@ -12,7 +12,7 @@ from pyarrow import types
 from pipeline.parquet import damaged, open_parquet
 from pipeline.schema import Columns, is_list, plain
 from pipeline.storage import Storage
-from pipeline.units import Shard, Unit
+from pipeline.units import Shard, Unit, rows_used
 
 _READERS = 8
 _BATCH = 65536
@@ -66,10 +66,7 @@ def check_values(
 
     Only columns whose types don't tell are read, such as one of int64 that others have as double.
     """
-    stops: dict[str, int] = {}
-    for unit in units:
-        stops[unit.shard] = max(stops.get(unit.shard, 0), unit.stop)
-    doubtful = []
+    stops, doubtful = rows_used(units), []
     for shard in shards:
         kinds = {name: columns.types.field(out).type for name, out in columns.passed if name in shard.schema.names}
         asked = {name: kind for name, kind in kinds.items() if not _always_fits(plain(shard.schema.field(name).type), kind)}

@@ -19,6 +19,11 @@ Kinds = dict[str, dict[str, Any]]
 """By kind: ``rows``, the ``ids`` of the first few, and the first one's own words as ``example``."""
 
 
+def one_line(error: BaseException) -> str:
+    """What ``error`` says, in one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 def kind(error: str) -> str:
     """``error`` without what is this row's alone."""
     return _NUMBER.sub("N", _ADDRESS.sub("", error))

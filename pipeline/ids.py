@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.cells import strings
 from pipeline.parquet import damaged, open_parquet
 from pipeline.storage import Storage
-from pipeline.units import Unit
+from pipeline.units import Unit, rows_used
 
 _READERS = 8
 _BATCH = 65536
@@ -23,9 +23,7 @@ def check_ids(root: Storage, units: Sequence[Unit], column: str) -> None:
 
     Null ids are made from shard and row, so they never do; those in damaged row groups come out as such too.
     """
-    stops: dict[str, int] = {}
-    for unit in units:
-        stops[unit.shard] = max(stops.get(unit.shard, 0), unit.stop)
+    stops = rows_used(units)
     with ThreadPoolExecutor(_READERS) as pool:
         hashes = np.concatenate(list(pool.map(lambda shard: _hashes(root, shard, stops[shard], column), stops)))
     hashes.sort()

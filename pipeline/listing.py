@@ -143,8 +143,7 @@ def _match(fs: AbstractFileSystem, root: str, glob: str, local: bool) -> tuple[l
         return [], _Skipped()
     depth = None if "**" in pattern else pattern.count("/") + 1
     wanted = re.compile(glob_translate(glob))
-    files, skipped = _walk(root, depth, records, wanted)
-    return [path for path in files if wanted.match(path)], skipped
+    return _walk(root, depth, records, wanted)
 
 
 def _without_records(paths: Iterable[str], root: str, records: re.Pattern[str]) -> tuple[list[str], _Skipped]:
@@ -162,7 +161,7 @@ def _without_records(paths: Iterable[str], root: str, records: re.Pattern[str]) 
 def _walk(
     root: str, depth: int | None, records: re.Pattern[str], wanted: re.Pattern[str] | None = None
 ) -> tuple[list[str], _Skipped]:
-    """Local files under ``root``, at most ``depth`` names below it, records left out; of these only ``wanted`` are told.
+    """Local files under ``root``, at most ``depth`` names below it, of which the paths match ``wanted``; records left out.
 
     Links to folders come after all folders: one that has been entered under its own name is not entered again.
     """
@@ -180,16 +179,17 @@ def _walk(
         for entry in entries:
             name = posixpath.join(folder, entry.name)
             path, enters = posixpath.join(root, name), depth is None or name.count("/") + 1 < depth
-            is_folder = os.path.isdir(path)
+            is_folder, asked = os.path.isdir(path), wanted is None or wanted.match(path)
             if records.match(entry.name):
-                if enters if is_folder else wanted is None or wanted.match(path):
+                if enters if is_folder else asked:
                     skipped.add(HIDDEN, [name + "/" * is_folder])
             elif is_folder:
                 if enters:
                     (links if entry.is_symlink() else folders).append(name)
             elif os.path.isfile(path) or entry.is_symlink():
                 # A link to nothing is a shard that is missing.
-                files.append(path)
+                if asked:
+                    files.append(path)
             else:
                 skipped.add(OTHER, [name])
     return files, skipped

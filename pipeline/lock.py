@@ -24,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipeline.errors import one_line
 from pipeline.record import HOLDER, LOCK, UNFINISHED, RefusalError
 from pipeline.retries import transient
 from pipeline.storage import Storage
@@ -62,11 +63,10 @@ def refusing(output: Storage) -> Iterator[None]:
     except Exception as error:
         if transient(error):
             raise
-        said = " ".join(str(error).split())[:500]
         remedy = "name a folder that can be written, or mend this one"
         if isinstance(error, UnicodeError):
             remedy = "set PYTHONUTF8=1 (or a UTF-8 locale, as LC_ALL=C.UTF-8), or name another folder"
-        raise RefusalError(f"output={output.url!r} can't be used: {said or type(error).__name__}; {remedy}") from error
+        raise RefusalError(f"output={output.url!r} can't be used: {one_line(error)}; {remedy}") from error
 
 
 class _Place:
@@ -109,7 +109,7 @@ def _local(place: _Place) -> Iterator[None]:
             place.output.remove(place.holder)
             lock.release()
             _tidy(place, fresh)
-        elif fresh:
+        else:
             _remove_empty(fresh)
 
 

@@ -55,7 +55,7 @@ class Plan:
     @property
     def used(self) -> list[Shard]:
         """The shards that units are cut from."""
-        names = {unit.shard for unit in self.units}
+        names = units.rows_used(self.units)
         return [shard for shard in self.shards if shard.name in names]
 
     @property

@@ -62,7 +62,7 @@ _UNIT_FILE = re.compile(r".*-[0-9a-f]{10}-\d{7,}-\d{7,}\.parquet")
 
 
 FORMAT = 2
-"""Of what a run notes about itself, as far as that decides whether another start is the same run."""
+"""Version of what ``decides`` holds, to be raised when that changes: two starts of one run must agree on it."""
 
 
 class RefusalError(ValueError):

@@ -51,9 +51,8 @@ class UnitReader:
 
     def _read(self, unit: Unit) -> pa.StructArray:
         start, stop = unit.start, unit.stop
-        columns = self.columns
         try:
-            with self._open(unit, columns.read) as found:
+            with self._open(unit, self.columns.read) as found:
                 start, stop = found.cut(unit.start, unit.start_reach), found.cut(unit.stop, unit.stop_reach)
                 rows = self._rows(unit.shard, start, found.between(start, stop))
         except (pa.ArrowException, OSError) as error:
@@ -89,7 +88,7 @@ class UnitReader:
         arrays = [
             convert(table[name], kind) if name in table.column_names else pa.nulls(count, kind) for (name, _), kind in kinds
         ]
-        ids = self._ids(shard, start, cells.strings(table[columns.id]) if columns.id else [None] * count)
+        ids = _ids(shard, start, cells.strings(table[columns.id]) if columns.id else [None] * count)
         questions = cells.strings(table[columns.question]) if columns.question else [None] * count
         own = [
             pa.array(ids, pa.string()),
@@ -97,9 +96,6 @@ class UnitReader:
             cells.image_lists(table[columns.image], (self.root, *self.image_roots), shard),
         ]
         return pa.StructArray.from_arrays([*arrays, *own], fields=list(columns.unit_row()))
-
-    def _ids(self, shard: str, start: int, given: Sequence[str | None]) -> list[str]:
-        return [row_id(shard, start + i) if value is None else value for i, value in enumerate(given)]
 
     def _unreadable(self, unit: Unit, start: int, stop: int, error: Exception) -> pa.StructArray:
         """Rows of nulls, each with an image that tells why, and with its own id where that column can be read."""
@@ -115,11 +111,16 @@ class UnitReader:
         said = f"{unit.shard}, rows {start} to {stop}: {' '.join(str(error).split())}"
         arrays = [pa.nulls(count, kind) for kind in self.columns.types.types]
         own = [
-            pa.array(self._ids(unit.shard, start, given), pa.string()),
+            pa.array(_ids(unit.shard, start, given), pa.string()),
             pa.nulls(count, pa.large_string()),
             pa.array([[{"bytes": None, "error": said}]] * count, pa.large_list(schema.IMAGE_TYPE)),
         ]
         return pa.StructArray.from_arrays([*arrays, *own], fields=list(self.columns.unit_row()))
+
+
+def _ids(shard: str, start: int, given: Sequence[str | None]) -> list[str]:
+    """The rows' ids, from the shard's row ``start`` on: their own, else made of shard and row."""
+    return [row_id(shard, start + i) if value is None else value for i, value in enumerate(given)]
 
 
 class _Rows:

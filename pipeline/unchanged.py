@@ -63,17 +63,18 @@ def check_unchanged(
 
 
 def _same(reader: UnitReader, output: Storage, unit: Unit) -> bool:
-    ((_, rows, _),) = block_rows(reader(unit))
+    ((_, found, _),) = block_rows(reader(unit))
+    rows = pa.Table.from_struct_array(found)
     answers = pq.read_table(pa.BufferReader(output.read(f"{unit.name}.parquet")), page_checksum_verification=True)
     return (
         len(rows) == len(answers)
-        and rows.field(schema.ID).to_pylist() == answers[schema.ID].to_pylist()
-        and _same_images(rows.field(schema.IMAGES), answers)
+        and rows[schema.ID].to_pylist() == answers[schema.ID].to_pylist()
+        and _same_images(rows[schema.IMAGES], answers)
         and _written(rows, reader.columns) == _written(answers, reader.columns)
     )
 
 
-def _same_images(cells: pa.Array, answers: pa.Table) -> bool:
+def _same_images(cells: pa.ChunkedArray, answers: pa.Table) -> bool:
     from pipeline.images import digest, row_digest
 
     for cell, there, error in zip(cells, *(answers[n].to_pylist() for n in (schema.IMAGE_DIGEST, schema.ERROR)), strict=True):
@@ -84,10 +85,9 @@ def _same_images(cells: pa.Array, answers: pa.Table) -> bool:
     return True
 
 
-def _written(rows: pa.StructArray | pa.Table, columns: Columns) -> bytes:
+def _written(rows: pa.Table, columns: Columns) -> bytes:
     """The columns that pass through, as a file has them: what equals there is equal, NaN and null too."""
-    names = columns.types.names
-    arrays = [(rows.field(name) if isinstance(rows, pa.StructArray) else rows[name].combine_chunks()) for name in names]
+    arrays = [rows[name].combine_chunks() for name in columns.types.names]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=columns.types), buffer)
     return buffer.getvalue().to_pybytes()

@@ -7,7 +7,7 @@ import json
 import posixpath
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -128,6 +128,14 @@ def plan_units(shards: Sequence[Shard], unit_rows: int, limit: int | None = None
             name, size = unit_name(shard, start, stop), int((stop - start) * row_bytes)
             units.append(Unit(shard.name, start, stop, name, size, reach.get(start, 0), reach.get(stop, 0)))
     return units
+
+
+def rows_used(units: Iterable[Unit]) -> dict[str, int]:
+    """By shard, how many of its rows the units end at: no later row matters to a run."""
+    stops: dict[str, int] = {}
+    for unit in units:
+        stops[unit.shard] = max(stops.get(unit.shard, 0), unit.stop)
+    return stops
 
 
 def bytes_fetched(shards: Sequence[Shard], units: Sequence[Unit]) -> int:
