@@ -78,7 +78,8 @@ def test_a_driver_killed_while_it_writes_to_s3(shard: Path, checkpoint_folder: s
 
 def test_sigterm_ends_in_a_state_that_continues(shard: Path, checkpoint_folder: str) -> None:
     job = start(shard, checkpoint_folder)
-    job.wait_for_files(1)
+    # Two, so that one has its marker, wherever the signal meets the other.
+    job.wait_for_files(2)
     began = time.monotonic()
     job.process.terminate()
     assert job.wait(30) == 143, job.said
