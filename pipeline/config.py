@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 Job = Literal["answer", "caption"]
 RowSemantics = Literal["meta", "transformers"]
 TowerTiles = Literal["all", "real"]
+KeptSets = Literal["image", "question"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 POLICIES: dict[str, tuple[str, dict[str, float]]] = {
@@ -45,6 +46,7 @@ _DECIDES = (
     "keep",
     "mass",
     "key_channels",
+    "kept_sets",
     "rows",
     "dtype",
     "prompt",
@@ -105,6 +107,10 @@ class RunConfig:
 
     key_channels: float | None = None
     """Share of the channels of the kept keys that stay, with any policy (ThinK), 0 < share <= 1; default: all."""
+
+    kept_sets: KeptSets = "image"
+    """Who decides what is kept: all questions about an image in a unit together, which then share one set (``image``), or each
+    for itself (``question``)."""
 
     rows: RowSemantics = "meta"
     """What text before the image sees of it: nothing (``meta``, as trained), or everything (``transformers``)."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 from torch import Tensor
 
 from trimming.engine.sampling import GREEDY, Sampling, whole
 from trimming.samples import SampleTrim
+
+KeptSets = Literal["image", "question"]
+"""Who decides what is kept: all questions about an image together, one set for them all, or each for itself."""
+
+GROUP_ROWS = 64
+GROUP_TOKENS = 8192
+"""Requests, and their prompts' tokens, that decide together, at most: they are prefilled at once. A longer one is alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,3 +92,37 @@ class Completion:
     output_tokens: int
     """Tokens generated, the end token among them."""
     trim: SampleTrim
+
+
+def groups(images: Sequence[Sequence[Hashable]], tokens: Sequence[int]) -> list[list[int]]:
+    """Which requests decide together: places of those with the same images, groups in the order of their first ones.
+
+    A group over ``GROUP_ROWS`` or ``GROUP_TOKENS`` is cut by these numbers alone, into parts as even as its order allows, so
+    that nothing but the requests tells who decides with whom. One without images is alone.
+
+    Args:
+        images: the images' keys of each request.
+        tokens: the length of each prompt.
+    """
+    together: dict[Hashable, list[int]] = defaultdict(list)
+    for place, keys in enumerate(images):
+        together[tuple(keys) if keys else place].append(place)
+    return [part for places in together.values() for part in _cut(places, tokens)]
+
+
+def _cut(places: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+    total = sum(tokens[place] for place in places)
+    count = max(-(-len(places) // GROUP_ROWS), -(-total // GROUP_TOKENS))
+    most_rows, most_tokens = -(-len(places) // count), -(-total // count)
+    parts: list[list[int]] = []
+    filled = 0
+    for place in places:
+        # Even parts end a little over their share of the tokens, never over the limit.
+        rows_full = bool(parts) and len(parts[-1]) >= most_rows
+        over = filled + tokens[place] > GROUP_TOKENS
+        if not parts or rows_full or over or filled >= most_tokens:
+            parts.append([])
+            filled = 0
+        parts[-1].append(place)
+        filled += tokens[place]
+    return parts

@@ -24,7 +24,7 @@ from trimming.engine.limits import Limit
 from trimming.engine.memory import Memory
 from trimming.engine.onednn import through_onednn
 from trimming.engine.prefill import NoRoomError, Prefill
-from trimming.engine.request import Completion, Image, Request
+from trimming.engine.request import Completion, Image, KeptSets, Request
 from trimming.engine.sampling import choose
 from trimming.engine.sequence import Encoded, Sequence_, ceil_to, image_spans
 from trimming.engine.sharded import ShardedMemory
@@ -64,6 +64,11 @@ class Statistics:
     peak_sequences: int = 0
     peak_kv_bytes: int = 0
     peak_cross_kv_bytes: int = 0
+    cross_kv_byte_seconds: float = 0.0
+    """Bytes of images' keys and values that were held, times the seconds of the stages (``Engine.seconds``) that they were held
+    for. What several sequences share is counted once."""
+    cross_kv_bytes_read: int = 0
+    """Bytes of images' keys and values that decode steps attended to; what sequences share once a step."""
 
 
 class Engine:
@@ -81,6 +86,8 @@ class Engine:
         image_cache_bytes: memory for encoded images that later requests may share; 0 encodes every request's images.
         tower_tiles: ``real`` leaves padding tiles out of the vision tower, which is faster and an approximation.
         detokenize: from tokens to text, for ``Completion.text`` and stop strings.
+        kept_sets: ``image``: requests that come together (``submit_together``, ``generate``) decide together, by the sum of
+            their attention, and share what they keep. ``question``: each decides for itself.
     """
 
     def __init__(
@@ -96,11 +103,13 @@ class Engine:
         image_cache_bytes: int = 1 << 30,
         tower_tiles: TowerTiles = "all",
         detokenize: Callable[[Sequence[int]], str] | None = None,
+        kept_sets: KeptSets = "image",
     ) -> None:
         if rows not in get_args(Rows) or tower_tiles not in get_args(TowerTiles):
             raise ValueError(f"rows={rows!r} is one of {get_args(Rows)}, tower_tiles={tower_tiles!r} of {get_args(TowerTiles)}")
         model = through_onednn(model)
         self.model, self.policy, self.eos, self.detokenize = model, policy, frozenset(eos), detokenize
+        self.kept_sets = kept_sets
         self.max_sequences = Limit(max_sequences, DECODE_PATIENCE)
         self.tower_images, self.prefill_sequences = Limit(TOWER_IMAGES), Limit(PREFILL_SEQUENCES)
         self.image_token: int = model.config.image_token_index
@@ -154,6 +163,13 @@ class Engine:
             self.waiting.append(sequence)
             self._arrived.notify()
         return future
+
+    def submit_together(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        """The completions to come of requests about the same images, one of ``groups``, which decide together what is kept.
+
+        Raises as ``submit`` does, before any is submitted.
+        """
+        return [self.submit(request) for request in requests]
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in order. Raises ``ValueError`` for a request that can't be run, before any is."""
