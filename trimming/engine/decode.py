@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,37 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
-from trimming.engine.layers import Rotary, attend, cross_queries, crosses, norm, self_projections, self_queries
+from trimming.engine.layers import Rotary, cross_queries, crosses, norm, self_projections, self_queries
 from trimming.engine.memory import Memory, Segment
 from trimming.engine.sequence import Sequence_
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stages
+
+BUFFER_ELEMENTS = 1 << 19
+"""Keys, or values, that are gathered for one product on a CPU: they stay in its cache until the product has read them."""
+LONG_ELEMENTS = 1 << 17
+"""From so many on a segment's keys of one layer are read where they lie: a call's own time no longer shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """Segments that sequences attend to in one product, as many sequences to each. S segments of L rows at most, C sequences
+    a segment."""
+
+    size: tuple[int, int]
+    """(S, C)."""
+    widths: tuple[int, int]
+    """Of the keys and of the values."""
+    views: Sequence[tuple[Tensor, Tensor]] = ()
+    """Of one segment that is read where it lies: each layer's keys and values; see ``Segment.views``. Empty for others."""
+    starts: Sequence[tuple[Tensor, Tensor]] = ()
+    """Of others: where each layer's keys and values begin, (S, 1, 1, 1) int32."""
+    patterns: Sequence[tuple[Tensor, Tensor]] = ()
+    """Where they go on from there, (S, KV, L, pieces of a row) int32, padded by the last row; see ``Memory.piece``."""
+    masks: Sequence[Tensor] = ()
+    """Of others: of each layer (S × KV, 1, L) additive, which shuts the padding out."""
+    channels: Sequence[Tensor] = ()
+    """Of each layer (S, KV, key_width) long: the channels of the keys, where they don't have all; see ``Sequence_.channels``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +51,8 @@ class _Members:
     mask: Tensor
     """(B, 1, 1, capacity) additive: 0 where the slot holds a token. A step opens one place a row."""
     seers: Tensor | None
-    """Rows with a segment, ascending; None for all of them."""
-    alone: list[int]
-    """Seers (by their place among these) whose segment nobody shares."""
-    channels: list[list[Tensor]] | None
-    """In each cross-attention layer, the channels of their keys; see ``Sequence_.channels``. None where all have all."""
-    views: list[list[tuple[Tensor, Tensor]]]
-    """In each cross-attention layer, their keys and values; see ``Segment.views``."""
-    shared: list[tuple[Segment, Tensor]]
-    """The other segments, with the seers that share them."""
-    order: Tensor | None
-    """Where among ``alone`` and the sharers, one behind the other, each seer stands; None where they are in order."""
+    """Rows with a segment, in the order of the bundles; None for all of them, in their order."""
+    bundles: Sequence[_Bundle]
 
 
 class Decode:
@@ -55,6 +72,8 @@ class Decode:
         """Whether other sequences run, or lie elsewhere, than at the last step."""
         self._members: list[_Members] = []
         """One a stage."""
+        self._buffer = torch.empty(0, dtype=model.dtype)
+        """Where keys or values are gathered, on a CPU."""
 
     def add(self, sequences: Sequence[Sequence_], tokens: Tensor) -> None:
         """Sequences fresh from their prefill, in the slots after the running ones; ``tokens`` (B,) are their first ones."""
@@ -110,7 +129,7 @@ class Decode:
                     states = self._self_layer(layer, own, states, cos, sin, (places, positions, reach), mask)
                     own += 1
                 else:
-                    if members.alone or members.shared:
+                    if members.bundles:
                         states = self._cross_layer(layer, crossed, members, states)
                     crossed += 1
         logits: Tensor = self.model.lm_head(norm(self.text.norm, states))
@@ -145,48 +164,126 @@ class Decode:
         attention = layer.cross_attn
         rows = states if members.seers is None else states[members.seers]
         query = cross_queries(attention, norm(layer.input_layernorm, rows))
-        grouped, scale = query.unflatten(1, (self.memory.geometry.kv_heads, -1)), attention.scaling
-        asking = [grouped[place : place + 1] for place in members.alone]
-        if members.channels is not None:
-            asking = [_sliced(each, channels) for each, channels in zip(asking, members.channels[index], strict=True)]
-        attended = [
-            # The query heads of one key head are rows of one product. Most segments have one row, whose queries lie as they
-            # must; this runs for each sequence in each layer, so its every call counts.
-            F.scaled_dot_product_attention(each, key, value, scale=scale).flatten(1)
-            for each, (key, value) in zip(asking, members.views[index] if members.views else (), strict=True)
-        ]
-        for segment, sharers in members.shared:
-            key, value = self.memory.segment_layer(segment, index)
-            attended.append(attend(query[sharers], key, value, scale))
-        together = torch.cat(attended)
-        together = together if members.order is None else together[members.order]
-        rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(together)
+        # The query heads of one key head are rows of one product: no key is repeated.
+        grouped = query.unflatten(1, (self.memory.geometry.kv_heads, -1))
+        asking = grouped.split([segments * sharers for segments, sharers in (bundle.size for bundle in members.bundles)])
+        attended = torch.cat(
+            [
+                self._attend_bundle(bundle, index, own, attention.scaling)
+                for bundle, own in zip(members.bundles, asking, strict=True)
+            ]
+        )
+        rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(attended)
         rows = rows + layer.cross_attn_mlp_gate.tanh() * layer.mlp(norm(layer.post_attention_layernorm, rows))
         return rows if members.seers is None else states.index_copy(0, members.seers, rows)
 
+    def _attend_bundle(self, bundle: _Bundle, index: int, query: Tensor, scaling: float) -> Tensor:
+        """(S × C, heads × D) of a bundle's queries (S × C, KV, G, D) in cross-attention layer ``index``."""
+        (segments, sharers), (kv_heads, group, width) = bundle.size, query.shape[1:]
+        asking = query.unflatten(0, (segments, sharers)).transpose(1, 2).reshape(segments, kv_heads, sharers * group, width)
+        if bundle.channels:
+            channels = bundle.channels[index][:, :, None]
+            asking = asking.gather(-1, channels.expand(-1, -1, asking.shape[2], -1))
+        if bundle.views:
+            key, value = bundle.views[index]
+            attended = F.scaled_dot_product_attention(asking, key, value, scale=scaling)
+        else:
+            key = self._gathered(bundle, index, 0)
+            logits = torch.baddbmm(bundle.masks[index], asking.flatten(0, 1), key.transpose(1, 2), alpha=scaling)
+            weights = logits.softmax(-1, dtype=torch.float32).to(key.dtype)
+            # Its place may be the keys': they have been read.
+            attended = weights @ self._gathered(bundle, index, 1)
+        return attended.reshape(segments, kv_heads, sharers, group, -1).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _gathered(self, bundle: _Bundle, index: int, which: int) -> Tensor:
+        """(S × KV, L, width) of a bundle's keys (0) or values (1) in one layer: a copy, until the next one."""
+        assert isinstance(self.memory, Memory)
+        start, pattern = bundle.starts[index][which], bundle.patterns[index][which]
+        pieces = (pattern + start).flatten()
+        width = self.memory.piece(bundle.widths[which])
+        buffer = self._buffer[: len(pieces) * width].view(-1, width)
+        # Into memory that is there: fresh pages would take longer than the copy.
+        torch.index_select(self.memory.flat[: self.memory.size].view(-1, width), 0, pieces, out=buffer)
+        return buffer.view(-1, pattern.shape[2], bundle.widths[which])
+
     def _assemble(self) -> list[_Members]:
-        seers = [row for row, sequence in enumerate(self.running) if sequence.segment is not None]
         by: dict[Segment, list[int]] = {}
-        for place, row in enumerate(seers):
-            by.setdefault(self.running[row].segment, []).append(place)  # type: ignore[arg-type]
-        single = [(segment, places[0]) for segment, places in by.items() if len(places) == 1]
-        several = {segment: places for segment, places in by.items() if len(places) > 1}
-        stand = [place for _, place in single] + [place for places in several.values() for place in places]
-        views = [list(layer) for layer in zip(*(segment.views for segment, _ in single), strict=True)]
-        owners = [self.running[seers[place]] for _, place in single]
-        channels = [list(layer) for layer in zip(*(owner.channels for owner in owners), strict=True)] or None
+        for row, sequence in enumerate(self.running):
+            if sequence.segment is not None:
+                by.setdefault(sequence.segment, []).append(row)
+        bundled = self._bundled(by)
+        order = [row for segments in bundled for segment in segments for row in by[segment]]
         return [
             _Members(
                 mask=self._mask(device),
-                seers=None if len(seers) == len(self.running) else torch.tensor(seers, device=device),
-                alone=[place for _, place in single],
-                channels=channels,
-                views=views,
-                shared=[(segment, torch.tensor(places, device=device)) for segment, places in several.items()],
-                order=None if stand == sorted(stand) else torch.tensor(stand, device=device).argsort(),
+                seers=None if order == list(range(len(self.running))) else torch.tensor(order, device=device),
+                bundles=[self._bundle(segments, [by[segment] for segment in segments]) for segments in bundled],
             )
             for device in (stage.device for stage in self.stages)
         ]
+
+    def _bundled(self, by: Mapping[Segment, Sequence[int]]) -> list[list[Segment]]:
+        """Segments that go through one product: as many sequences share each, and they are about as long."""
+        gathers = isinstance(self.memory, Memory) and self.memory.flat.device.type == "cpu"
+        bundles: list[list[Segment]] = []
+        sharers = 0
+        for size, segment in sorted(((_layer_elements(s), s) for s in by), key=lambda each: (len(by[each[1]]), each[0])):
+            fits = (
+                gathers
+                and size * self.memory.geometry.kv_heads <= LONG_ELEMENTS
+                and bool(bundles)
+                and sharers == len(by[segment])
+            )
+            if fits and (len(bundles[-1]) + 1) * size * self.memory.geometry.kv_heads <= BUFFER_ELEMENTS:
+                bundles[-1].append(segment)
+            else:
+                bundles.append([segment])
+                sharers = len(by[segment])
+        return bundles
+
+    def _bundle(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> _Bundle:
+        """Of these segments, to each of which as many running sequences attend."""
+        first = segments[0]
+        size, widths = (len(segments), len(rows[0])), (first.layers[0].key_width, first.layers[0].value_width)
+        sliced = zip(*(self.running[each[0]].channels for each in rows), strict=True)
+        channels = [torch.stack(layer) for layer in sliced]
+        if len(segments) == 1:
+            return _Bundle(size, widths, views=first.views, channels=channels)
+        assert isinstance(self.memory, Memory)
+        if not len(self._buffer):
+            self._buffer = self.memory.flat.new_empty(BUFFER_ELEMENTS)
+        pieces = [self.memory.piece(width) for width in widths]
+        # (5, layers, S): see ``Segment.places``.
+        places = torch.stack([segment.places for segment in segments], -1).unflatten(0, (5, -1))
+        starts = [
+            tuple((each[layer] // piece).int()[:, None, None, None] for each, piece in zip(places, pieces, strict=False))
+            for layer in range(len(first.layers))
+        ]
+        lengths = places[4].unbind()
+        alike = [lengths[0].equal(other) for other in lengths]
+        patterns, masks = [self._patterns(lengths[0], widths)], [self._padding(lengths[0])]
+        for same, own in zip(alike[1:], lengths[1:], strict=True):
+            patterns.append(patterns[0] if same else self._patterns(own, widths))
+            masks.append(masks[0] if same else self._padding(own))
+        return _Bundle(size, widths, starts=starts, patterns=patterns, masks=masks, channels=channels)
+
+    def _patterns(self, lengths: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See ``_Bundle.patterns``; of segments with these many rows (S,) and of keys' and values' widths."""
+        assert isinstance(self.memory, Memory)
+        found = []
+        places = torch.arange(int(lengths.max())).minimum((lengths[:, None] - 1).clamp(min=0))
+        heads = torch.arange(self.memory.geometry.kv_heads)[None, :, None, None]
+        for width in widths:
+            pieces = width // self.memory.piece(width)
+            row = heads * lengths[:, None, None, None] + places[:, None, :, None]
+            found.append((row * pieces + torch.arange(pieces)).int())
+        return found[0], found[1]
+
+    def _padding(self, lengths: Tensor) -> Tensor:
+        """See ``_Bundle.masks``; of segments with these many rows (S,)."""
+        behind = torch.arange(int(lengths.max())) >= lengths[:, None]
+        mask = torch.zeros(behind.shape, dtype=self.model.dtype).masked_fill(behind, torch.finfo(self.model.dtype).min)
+        return mask.repeat_interleave(self.memory.geometry.kv_heads, 0)[:, None]
 
     def _mask(self, device: torch.device) -> Tensor:
         places = torch.arange(self.memory.capacity, device=device)
@@ -195,6 +292,6 @@ class Decode:
         return mask.masked_fill(closed, torch.finfo(mask.dtype).min)[:, None, None]
 
 
-def _sliced(query: Tensor, channels: Tensor) -> Tensor:
-    """(1, KV, G, d) of queries (1, KV, G, D), of each key head the channels (KV, d) that its keys have left."""
-    return query.gather(-1, channels[None, :, None].expand(*query.shape[:3], -1))
+def _layer_elements(segment: Segment) -> int:
+    """Of the longest layer's keys or values, a head of them."""
+    return max(extent.rows * max(extent.key_width, extent.value_width) for extent in segment.layers)

@@ -9,6 +9,7 @@ sequences run. Lengths are in elements of the model's dtype unless they say byte
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import insort
 from collections.abc import Hashable, Sequence
@@ -226,6 +227,10 @@ class Memory:
         """Keys (KV, rows, key_width) and values (KV, rows, value_width) of cross-attention layer ``layer``, as views."""
         key, value = segment.views[layer]
         return key[0], value[0]
+
+    def piece(self, width: int) -> int:
+        """The largest part of a row of so many channels such that all segments begin and end between two parts."""
+        return math.gcd(GRAIN, width)
 
     def _views(self, extent: Extent) -> tuple[Tensor, Tensor]:
         kv = self.geometry.kv_heads

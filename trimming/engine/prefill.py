@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from trimming.engine.layers import (
     unfold,
 )
 from trimming.engine.memory import Memory, Segment
-from trimming.engine.sequence import Encoded, Sequence_, packed_positions
+from trimming.engine.sequence import Decision, Group, Sequence_, packed_positions
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stages
 from trimming.mllama import Rows
@@ -45,32 +46,86 @@ class NoRoomError(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class _Group:
-    """Sequences that keep the same features of the same images: their keys and values are the same tensors."""
+class _Set:
+    """What a group keeps of its images, for those of its sequences that this prefill has. N = images × most tiles × tokens."""
 
-    features: Tensor | None
-    """(n, width) to project, with what was merged into them; None where a running sequence has done it."""
-    stored: tuple[int, int]
-    """Which of the features decoding sees: those of the last image, or of the last adjacent ones."""
-    segment: Segment
+    group: Group
+    positions: Tensor
+    """(n,) long: where its packed features lie on the axis of N."""
+    valid: Tensor
+    """(N,) bool: real tiles' features."""
+    ends: list[int]
+    """Where each image's real tiles end among the packed features, from 0 on."""
+    decision: Decision
+    known: bool
+    """Whether an earlier prefill has decided."""
+    numbers: list[int] = field(default_factory=list)
+    """Its sequences, by their places in the batch."""
+    seeing: list[tuple[int, int]] = field(default_factory=list)
+    """Of each of them the rows that see what decoding will see; see ``_Look.rows``."""
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """Where all layers keep the same: its places among the packed features."""
+    stored: tuple[int, int] = (0, 0)
+    """Which of ``kept`` decoding sees."""
+    segment: Segment | None = None
+    fresh: bool = True
+    """Whether this prefill fills the segment; a running sequence has done it otherwise."""
     key: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(KV, n, D) of the present layer."""
+    """(KV, n, D) of the present layer, of what is kept."""
     value: Tensor = field(default_factory=lambda: torch.empty(0))
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Where each layer keeps a set of its own: keys and values, layer by layer, until all are known."""
+    counts: list[int] = field(default_factory=list)
+    """How many features each of these layers has kept, of all images."""
+
+    @property
+    def packed(self) -> Tensor:
+        """(n, width): its features, as ``positions`` has them."""
+        return self.joined([e.features for e in self.group.encoded])
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """Which packed features decoding may see: those of the last image, or of the last adjacent ones."""
+        first, last = self.group.last_images
+        return self.ends[first], self.ends[last]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """One tensor an image, along its tokens, as one: every image's real tiles, then every image's padding tiles."""
+        if len(parts) == 1:
+            return parts[0]
+        real = [b - a for a, b in pairwise(self.ends)]
+        return torch.cat(
+            [*(p[:n] for p, n in zip(parts, real, strict=True)), *(p[n:] for p, n in zip(parts, real, strict=True))]
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Projection:
+    """Features whose keys and values are computed once a layer: of one set, or of all sets of the same images."""
+
+    features: Tensor
+    """(m, width), with what was merged into them."""
+    places: list[tuple[_Set, Tensor | None]]
+    """The sets, and which of ``features`` each keeps; None for all."""
 
 
 @dataclass(slots=True, eq=False)
 class _Look:
-    """Text rows of one sequence that see the same features."""
+    """Text rows of one group that see the same features, of its sequences one behind the other."""
 
-    sequence: int
+    set: _Set
     rows: tuple[int, int]
     """Among the batch's rows that go through cross-attention layers."""
     features: tuple[int, int]
-    """Among the sequence's packed features."""
+    """Among the set's packed features."""
     counts: bool
     """Whether these rows see an image, rather than everything as rows before it do under transformers' rows."""
     kept: tuple[int, int] = (0, 0)
     """``features``, among those it keeps."""
+
+
+Scores = dict[_Set, Tensor]
+"""(H, n) float32 of each set's packed features."""
 
 
 class Prefill:
@@ -105,20 +160,26 @@ class Prefill:
     def __call__(self, sequences: Sequence[Sequence_]) -> Tensor:
         """Logits (B, V) of the token after each prompt. Sets each sequence's ``segment`` and ``trim``.
 
-        Raises ``NoRoomError``.
+        A group that has not decided yet decides here, by those of its sequences that are there: all of them should be. Raises
+        ``NoRoomError``.
         """
-        for sequence in sequences:
-            # An earlier prefill of it may have broken off, or its decoding.
-            sequence.channels = []
-        batch = _Batch(self, sequences)
+        batch = _Batch(self, sequences, stores=True)
         try:
-            return self._run(batch)
+            logits = self._run(batch)
         except BaseException:
             for sequence in sequences:
                 if sequence.segment is not None:
                     self.memory.release(sequence.segment)
                     sequence.segment = None
             raise
+        batch.conclude()
+        return logits
+
+    def decide(self, sequences: Sequence[Sequence_]) -> None:
+        """Lets groups decide whose sequences, all of which these are, can't be prefilled at once; nothing is stored."""
+        batch = _Batch(self, sequences, stores=False)
+        self._run(batch)
+        batch.conclude()
 
     def _run(self, batch: _Batch) -> Tensor:
         device = self.model.device
@@ -141,12 +202,18 @@ class Prefill:
                     if batch.looks:
                         self._cross_layer(layer, crossed, batch, states)
                     crossed += 1
-        if not batch.decided:
-            batch.keep(self._select(batch, None))
+                    if not batch.stores and self._is_decided(batch):
+                        return states
         if self.is_cross[-1]:
             states = states[last]
         logits: Tensor = self.model.lm_head(norm(self.text.norm, states))
         return logits
+
+    def _is_decided(self, batch: _Batch) -> bool:
+        """Whether nothing is left for later layers to decide."""
+        sets = self.geometry.cross_layers if self.policy.where == "each_layer" else 1
+        channels = self.geometry.cross_layers if self.policy.slices else 0
+        return all(len(s.decision.keeps) == sets and len(s.decision.channels) == channels for s in batch.sets)
 
     # ---- self-attention -------------------------------------------------------------------------------------------------
 
@@ -158,12 +225,13 @@ class Prefill:
         key, value = self_projections(layer.self_attn, normed, *rotary)
         asking, lengths = (slice(None), batch.lengths) if only is None else (only, [1] * len(batch.lengths))
         query = self_queries(layer.self_attn, normed[asking], *(t[asking] for t in rotary))
-        keys, values = self.memory.slot_layer(index)
         attended = []
         split = zip(query.split(lengths), key.split(batch.lengths), value.split(batch.lengths), strict=True)
         for sequence, (q, k, v) in zip(batch.sequences, split, strict=True):
-            keys[sequence.slot, :, : len(k)] = k.transpose(0, 1)
-            values[sequence.slot, :, : len(v)] = v.transpose(0, 1)
+            if batch.stores:
+                keys, values = self.memory.slot_layer(index)
+                keys[sequence.slot, :, : len(k)] = k.transpose(0, 1)
+                values[sequence.slot, :, : len(v)] = v.transpose(0, 1)
             attended.append(self_attend(q, k, v, layer.self_attn.scaling, causal=only is None))
         states = states[asking] + layer.self_attn.o_proj(torch.cat(attended))
         return states + mlp(layer.mlp, norm(layer.post_attention_layernorm, states))
@@ -179,14 +247,13 @@ class Prefill:
             attended = self._full_layer(attention, index, batch, query)
         else:
             if index == 0:
-                batch.keep(self._select(batch, None))
+                self._select(batch, {}, {})
+                batch.keep()
             self._project(attention, index, batch, query)
             attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
             for look in batch.looks:
-                group = batch.groups[look.sequence]
-                assert group is not None
                 (a, b), (c, d) = look.rows, look.kept
-                attended[a:b] = attend(query[a:b], group.key[:, c:d], group.value[:, c:d], attention.scaling)
+                attended[a:b] = attend(query[a:b], look.set.key[:, c:d], look.set.value[:, c:d], attention.scaling)
         rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(attended)
         forward = mlp(layer.mlp, norm(layer.post_attention_layernorm, rows))
         if batch.blind is not None:
@@ -196,41 +263,55 @@ class Prefill:
     def _full_layer(self, attention: Any, index: int, batch: _Batch, query: Tensor) -> Tensor:
         """Attends to every feature, scores them on the way, decides, and stores what stays."""
         keys = self._full_keys(attention, index, batch)
-        scores = [query.new_zeros(self.geometry.heads, n, dtype=torch.float32) for n in batch.features]
-        recent = [torch.zeros_like(s) for s in scores] if "recent" in self.policy.looks_at else None
+        scores: Scores = {
+            s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided
+        }
         attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
         for look in batch.looks:
-            (a, b), (c, d), (key, value) = look.rows, look.features, keys[look.sequence]
-            if look.counts:
+            (a, b), (c, d), (key, value) = look.rows, look.features, keys[look.set]
+            if look.counts and look.set in scores:
                 attended[a:b], seen = _attend_and_score(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
-                scores[look.sequence][:, c:d] += seen
-                last = max(a, batch.ends[look.sequence] - self.policy.recent_rows)
-                if recent is not None and last < b:
-                    _, seen = _attend_and_score(query[last:b], key[:, c:d], value[:, c:d], attention.scaling)
-                    recent[look.sequence][:, c:d] += seen
+                scores[look.set][:, c:d] += seen
             else:
                 attended[a:b] = attend(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
-        keep = self._select(batch, scores, recent)
+        self._select(batch, scores, self._recent(attention, batch, query, keys))
         if self.policy.where == "each_layer":
-            self._hold(attention, index, batch, query, keep, keys)
+            for s in batch.sets:
+                self._hold(attention, index, batch, query, s, *keys[s])
+            if index == self.geometry.cross_layers - 1:
+                batch.keep_layers()
             return attended
-        batch.keep(keep)
-        for number, group in batch.new_groups():
-            key, value = keys[number]
-            low, high = group.stored
-            kept = batch.kept[number][low:high].to(key.device)
-            if self.policy.merges:
-                assert group.features is not None
-                key, value = (t.transpose(0, 1) for t in cross_projections(attention, group.features))
-                kept = torch.arange(low, high, device=key.device)
-            self._store(group, 0, batch, number, query, key[:, kept], value[:, kept])
+        batch.keep()
+        if self.policy.merges:
+            self._project(attention, index, batch, query)
+            return attended
+        for s in batch.sets:
+            low, high = s.stored
+            key, value = keys[s]
+            kept = s.kept[low:high].to(key.device)
+            self._store(s, index, query, key[:, kept], value[:, kept])
         return attended
 
-    def _full_keys(self, attention: Any, index: int, batch: _Batch) -> list[tuple[Tensor, Tensor]]:
-        """Each sequence's keys and values (KV, n, D) of all of its images' features; empty without any."""
+    def _recent(self, attention: Any, batch: _Batch, query: Tensor, keys: dict[_Set, tuple[Tensor, Tensor]]) -> Scores:
+        """Probabilities of the last rows of each prompt alone, summed, where the policy looks at them."""
+        if "recent" not in self.policy.looks_at:
+            return {}
+        recent: Scores = {
+            s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided
+        }
+        for s, found in recent.items():
+            for features, rows in batch.last_rows(s, self.policy.recent_rows).items():
+                (c, d), (key, value) = features, keys[s]
+                asking = torch.cat([query[a:b] for a, b in rows])
+                found[:, c:d] += _attend_and_score(asking, key[:, c:d], value[:, c:d], attention.scaling)[1]
+        return recent
+
+    def _full_keys(self, attention: Any, index: int, batch: _Batch) -> dict[_Set, tuple[Tensor, Tensor]]:
+        """Each set's keys and values (KV, n, D) of all of its images' features."""
         # The first layer's are kept for other questions about the image; every layer's would take too much memory.
-        found = {id(e): e.first for s in batch.sequences for e in s.encoded} if index == 0 else {}
-        new = list({id(e): e for s in batch.sequences for e in s.encoded if found.get(id(e)) is None}.values())
+        images = {id(e): e for s in batch.sets for e in s.group.encoded}
+        found = {name: e.first for name, e in images.items()} if index == 0 else {}
+        new = [e for name, e in images.items() if found.get(name) is None]
         if new:
             key, value = cross_projections(attention, torch.cat([e.features for e in new]).to(batch.rows.device))
             sizes = [len(e.features) for e in new]
@@ -239,38 +320,28 @@ class Prefill:
                 if index == 0:
                     # Views would keep all of the batch's images.
                     found[id(encoded)] = encoded.first = (k.clone(), v.clone())
-        return [self._of_sequence([found[id(e)] for e in s.encoded], s.encoded) for s in batch.sequences]  # type: ignore[misc]
+        keys = {}
+        for s in batch.sets:
+            parts: list[Any] = [found[id(e)] for e in s.group.encoded]
+            keys[s] = (s.joined([k for k, _ in parts]).transpose(0, 1), s.joined([v for _, v in parts]).transpose(0, 1))
+        return keys
 
-    def _of_sequence(self, parts: Sequence[tuple[Tensor, Tensor]], encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-        if not parts:
-            return torch.empty(0), torch.empty(0)
-        key, value = (_joined([part[i] for part in parts], encoded, self.tokens).transpose(0, 1) for i in range(2))
-        return key, value
+    def _hold(self, attention: Any, index: int, batch: _Batch, query: Tensor, s: _Set, key: Tensor, value: Tensor) -> None:
+        """Takes what this layer keeps for itself of a set's keys and values (KV, n, D)."""
+        keep = s.decision.keeps[index]
+        packed = keep[..., s.positions]
+        # Padding tiles, which transformers' rows keep where nothing is trimmed, are not counted.
+        stayed = packed & s.valid[s.positions]
+        s.counts.append(int(stayed.sum()) // (len(key) if packed.dim() == 2 else 1))
+        packed = packed.to(key.device)
+        packed[..., : s.last[0]] = packed[..., s.last[1] :] = False
+        key, value = self._kept(attention, index, s, packed, key, value)
+        key = self._slice(s, index, query, key)
+        if batch.stores:
+            s.held.append((key, value))
 
-    def _hold(
-        self, attention: Any, index: int, batch: _Batch, query: Tensor, keep: Tensor, keys: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        """Takes what this layer keeps for itself; after the last one the segments are allocated and filled."""
-        # Decoding sees the last image, or the last adjacent ones.
-        last = {look.sequence: look.features for look in batch.looks}
-        for number, (low, high) in last.items():
-            key, value = keys[number]
-            packed = keep[number][..., batch.positions[number]]
-            # Padding tiles, which transformers' rows keep where nothing is trimmed, are not counted.
-            stayed = packed & batch.valid[number, batch.positions[number]]
-            batch.counts[number].append(int(stayed.sum()) // (len(key) if packed.dim() == 2 else 1))
-            packed = packed.to(key.device)
-            packed[..., :low] = packed[..., high:] = False
-            key, value = self._kept(attention, batch, number, packed, key, value)
-            batch.held[number].append((self._slice(batch, number, query, key), value))
-        batch.saw(keep if keep.dim() == 2 else keep.any(1))
-        if index == self.geometry.cross_layers - 1:
-            batch.keep_layers()
-
-    def _kept(
-        self, attention: Any, batch: _Batch, number: int, keep: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Of a sequence's keys and values (KV, n, D) what ``keep``, (n,) or (KV, n) bool, leaves of them."""
+    def _kept(self, attention: Any, index: int, s: _Set, keep: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a set's keys and values (KV, n, D) what ``keep``, (n,) or (KV, n) bool, leaves of them."""
         if keep.dim() == 2:
             # As many in each head, each head its own.
             places = keep.nonzero()[:, 1].view(len(keep), -1, 1)
@@ -278,92 +349,94 @@ class Prefill:
         places = keep.nonzero()[:, 0]
         if not self.policy.merges:
             return key[:, places], value[:, places]
-        features = batch.merged(number, keep)
+        features = _merged(s, index, keep)
         features = features[places.to(features.device)].to(key.device)
         key, value = cross_projections(attention, features)
         return key.transpose(0, 1), value.transpose(0, 1)
 
-    def _slice(self, batch: _Batch, number: int, query: Tensor, key: Tensor) -> Tensor:
-        """``key`` (KV, n, D) with the channels that the policy leaves, of which the sequence takes a note."""
+    def _slice(self, s: _Set, index: int, query: Tensor, key: Tensor) -> Tensor:
+        """``key`` (KV, n, D) with the channels that the policy leaves."""
         if not self.policy.slices:
             return key
-        # The rows that see what decoding will see.
-        last = [look.rows for look in batch.looks if look.sequence == number and look.counts][-1]
-        channels = self.policy.channels(fold(query[slice(*last)], len(key)), key)
-        batch.sequences[number].channels.append(channels)
-        return key.gather(-1, channels[:, None].expand(-1, key.shape[1], -1))
+        decided = s.decision.channels
+        if len(decided) == index:
+            asking = torch.cat([query[a:b] for a, b in s.seeing])
+            decided.append(self.policy.channels(fold(asking, len(key)), key))
+        return key.gather(-1, decided[index][:, None].expand(-1, key.shape[1], -1))
 
-    def _store(self, group: _Group, index: int, batch: _Batch, number: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Writes what a group keeps (KV, n, D) into its segment; ``number`` is one of its sequences."""
-        stored = self.memory.segment_layer(group.segment, index)
-        stored[0].copy_(self._slice(batch, number, query, key))
-        stored[1].copy_(value)
+    def _store(self, s: _Set, index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Writes what decoding sees of a set (KV, n, D) into its segment, where that is this prefill's to fill."""
+        key = self._slice(s, index, query, key)
+        if s.segment is not None and s.fresh:
+            stored = self.memory.segment_layer(s.segment, index)
+            stored[0].copy_(key)
+            stored[1].copy_(value)
 
     def _project(self, attention: Any, index: int, batch: _Batch, query: Tensor) -> None:
-        """This layer's keys and values of every group, from the memory where they are there already."""
-        new = batch.new_groups()
-        if new:
-            sizes = [len(group.features) for _, group in new]  # type: ignore[arg-type]
-            key, value = cross_projections(attention, torch.cat([group.features for _, group in new]))  # type: ignore[misc]
-            for (number, group), k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
-                group.key, group.value = k.transpose(0, 1), v.transpose(0, 1)
-                low, high = group.stored
-                self._store(group, index, batch, number, query, group.key[:, low:high], group.value[:, low:high])
-        for group in filter(None, batch.groups):
-            if group.features is None:
-                group.key, group.value = self.memory.segment_layer(group.segment, index)
+        """This layer's keys and values of every set, from the memory where they are there already."""
+        if batch.projections:
+            sizes = [len(projection.features) for projection in batch.projections]
+            key, value = cross_projections(attention, torch.cat([p.features for p in batch.projections]))
+            for projection, k, v in zip(batch.projections, key.split(sizes), value.split(sizes), strict=True):
+                for s, places in projection.places:
+                    own = (k, v) if places is None else (k[places], v[places])
+                    s.key, s.value = (t.transpose(0, 1) for t in own)
+                    low, high = s.stored
+                    self._store(s, index, query, s.key[:, low:high], s.value[:, low:high])
+        for s in batch.there:
+            assert s.segment is not None
+            s.key, s.value = self.memory.segment_layer(s.segment, index)
 
     # ---- selection ------------------------------------------------------------------------------------------------------
 
-    def _select(self, batch: _Batch, scores: list[Tensor] | None, recent: list[Tensor] | None = None) -> Tensor:
-        """(B, N) or (B, KV, N) bool on the CPU, N = the most images × tiles × tokens: what stays."""
-        images = max(1, *(len(s.request.images) for s in batch.sequences))
+    def _select(self, batch: _Batch, scores: Scores, recent: Scores) -> None:
+        """Has every set decide that has not, by scores where the policy looks at attention."""
+        sets = batch.undecided
+        if not sets:
+            return
+        images = max(len(s.group.images) for s in sets)
         length = images * self.max_tiles * self.tokens
-        device = self.model.device
-        valid = torch.zeros(len(batch.sequences), length, dtype=torch.bool)
-        for row, sequence in enumerate(batch.sequences):
-            for i, encoded in enumerate(sequence.encoded):
-                start = i * self.max_tiles * self.tokens
-                valid[row, start : start + encoded.tiles * self.tokens] = True
-        batch.valid = valid
-        if not valid.any():
-            return valid
+        valid = torch.zeros(len(sets), length, dtype=torch.bool)
+        for row, s in zip(valid, sets, strict=True):
+            row[: len(s.valid)] = s.valid
         context = VisualContext(
-            valid=valid.to(device),
+            valid=valid.to(self.model.device),
             images=images,
             tiles=self.max_tiles,
             tokens=self.tokens,
-            sample_ids=tuple(s.request.id for s in batch.sequences),
+            sample_ids=tuple(s.group.id for s in sets),
             kv_heads=self.geometry.kv_heads,
-            attention=self._spread(batch, scores, length),
-            recent=self._spread(batch, recent, length),
-            class_attention=self._class_attention(batch, length),
+            attention=self._spread(scores, length),
+            recent=self._spread(recent, length),
+            class_attention=self._class_attention(sets, length),
         )
         if "features" in self.policy.looks_at:
             # One by one: all samples' features, padded to the longest, might not fit.
-            decided = [self._decide_alone(batch, context, row) for row in range(len(valid))]
+            decided = [self._decide_alone(s, context, row) for row, s in enumerate(sets)]
         else:
             decided = [self._decide(context)]
         keep = torch.cat([kept for kept, _ in decided])
-        if self.policy.merges:
-            batch.targets = [targets for _, several in decided if several is not None for targets in several]
         if self.rows == "transformers":
             # Rows before the image see padding tiles too, where nothing is trimmed.
             everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
             keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
-        return keep
+        for s, own in zip(sets, keep, strict=True):
+            # Other sets of the batch may have more images.
+            s.decision.keeps.append(own[..., : len(s.valid)].clone())
+        targets = [each for _, several in decided if several is not None for each in several]
+        for s, each in zip(sets, targets, strict=bool(targets)):
+            s.decision.targets.append(each[: len(s.valid)].clone())
 
     def _decide(self, context: VisualContext) -> tuple[Tensor, Tensor | None]:
         """On the CPU: what stays, and where the rest goes if it is merged."""
         kept = self.policy.select(context)
         return kept.cpu(), self.policy.merge(kept, context).cpu() if self.policy.merges else None
 
-    def _decide_alone(self, batch: _Batch, context: VisualContext, row: int) -> tuple[Tensor, Tensor | None]:
-        """``_decide`` for one sequence, with its features; once for all questions about its images, where none is looked at."""
-        images = tuple(image.key for image in batch.sequences[row].request.images)
-        whose = (self.policy, images, context.valid.shape[1]) if self.policy.where == "features" else None
+    def _decide_alone(self, s: _Set, context: VisualContext, row: int) -> tuple[Tensor, Tensor | None]:
+        """``_decide`` for one set, with its features; once for all questions about its images, where none is looked at."""
+        whose = (self.policy, s.group.keys, context.valid.shape[1]) if self.policy.where == "features" else None
         if whose not in self._decided:
-            decided = self._decide(self._with_features(batch, context, row))
+            decided = self._decide(self._with_features(s, context, row))
             if whose is None:
                 return decided
             self._decided[whose] = decided
@@ -371,34 +444,33 @@ class Prefill:
                 self._decided.popitem(last=False)
         return self._decided[whose]
 
-    def _spread(self, batch: _Batch, packed: list[Tensor] | None, length: int) -> Tensor | None:
-        """(B, H, N) of each sequence's (H, its features)."""
-        if packed is None:
+    def _spread(self, packed: Scores, length: int) -> Tensor | None:
+        """(B, H, N) of each set's (H, its features)."""
+        if not packed:
             return None
         device = self.model.device
         spread = torch.zeros(len(packed), self.geometry.heads, length, dtype=torch.float32, device=device)
-        for row, (seen, positions) in enumerate(zip(packed, batch.positions, strict=True)):
-            spread[row, :, positions.to(device)] = seen.to(device)
+        for row, (s, seen) in enumerate(packed.items()):
+            spread[row, :, s.positions.to(device)] = seen.to(device)
         return spread
 
-    def _class_attention(self, batch: _Batch, length: int) -> Tensor | None:
+    def _class_attention(self, sets: Sequence[_Set], length: int) -> Tensor | None:
         if "class_attention" not in self.policy.looks_at:
             return None
         device = self.model.device
-        spread = torch.zeros(len(batch.sequences), length, dtype=torch.float32, device=device)
-        for row, sequence in enumerate(batch.sequences):
-            for i, encoded in enumerate(sequence.encoded):
+        spread = torch.zeros(len(sets), length, dtype=torch.float32, device=device)
+        for row, s in enumerate(sets):
+            for i, encoded in enumerate(s.group.encoded):
                 assert encoded.class_attention is not None
                 start = i * self.max_tiles * self.tokens
                 spread[row, start : start + len(encoded.class_attention)] = encoded.class_attention.to(device)
         return spread
 
-    def _with_features(self, batch: _Batch, context: VisualContext, row: int) -> VisualContext:
-        """The context of one sequence alone, with its features."""
+    def _with_features(self, s: _Set, context: VisualContext, row: int) -> VisualContext:
+        """The context of one set alone, with its features."""
         shape = (1, context.valid.shape[1], self.text.config.hidden_size)
         features = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
-        if batch.sequences[row].encoded:
-            features[0, batch.positions[row].to(features.device)] = batch.packed(row).to(features.device)
+        features[0, s.positions.to(features.device)] = s.packed.to(features.device)
 
         def own(each: Tensor | None) -> Tensor | None:
             return None if each is None else each[row : row + 1]
@@ -415,178 +487,207 @@ class Prefill:
 
 
 class _Batch:
-    """The rows and features of one prefill, and what is decided about them."""
+    """The rows and features of one prefill, and what is decided about them.
 
-    def __init__(self, prefill: Prefill, sequences: Sequence[Sequence_]) -> None:
-        self.prefill, self.sequences = prefill, sequences
+    Args:
+        stores: whether keys and values are stored, or only decided what would be.
+    """
+
+    def __init__(self, prefill: Prefill, sequences: Sequence[Sequence_], stores: bool) -> None:
+        self.prefill, self.sequences, self.stores = prefill, sequences, stores
         self.lengths = [len(s.request.tokens) for s in sequences]
-        padding = prefill.rows == "transformers"
-        tiles = [[e.tiles for e in s.encoded] for s in sequences]
-        self.positions = [
-            packed_positions(t, prefill.tokens, prefill.max_tiles, padding) if t else torch.zeros(0, dtype=torch.long)
-            for t in tiles
-        ]
-        self.features = [len(p) for p in self.positions]
-        self.valid = torch.empty(0)
-        self.kept: list[Tensor] = []
-        """Each sequence's kept features, as places among its packed ones."""
-        self.groups: list[_Group | None] = []
-        self.decided = False
-        self.targets: list[Tensor] = []
-        """(N,) long of each sequence: the kept position that each dropped one is merged into, -1 for none."""
-        self.held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sequences]
-        """Where each layer keeps a set of its own: each sequence's keys and values, layer by layer, until all are known."""
-        self.counts: list[list[int]] = [[] for _ in sequences]
-        """How many features each of these layers has kept, of all images."""
-        self.seen: Tensor | None = None
-        """(B, N) bool: what any of these layers has kept so far."""
+        by_group: dict[Group, _Set] = {}
         self.looks: list[_Look] = []
         self.ends: list[int] = []
         """Where each sequence's rows end, among the batch's rows that go through cross-attention layers."""
+        self.projections: list[_Projection] = []
+        self.there: list[_Set] = []
+        """Sets of which all that prefill and decoding see lies in the memory."""
+        self._parts: dict[_Set, list[tuple[int, tuple[int, int], tuple[int, int]]]] = {}
+        """By set: each sequence's number, rows and the features that they see, of rows that see an image."""
+        padding = prefill.rows == "transformers"
         blind: list[int] = []
         rows: list[int] = []
         start = 0
         for number, sequence in enumerate(sequences):
             if sequence.spans:
+                if sequence.group not in by_group:
+                    by_group[sequence.group] = self._set(sequence.group)
+                s = by_group[sequence.group]
+                s.numbers.append(number)
                 before = sequence.spans[0].rows[0]
-                ends = [0]
-                for count in tiles[number]:
-                    ends.append(ends[-1] + count * prefill.tokens)
                 if padding and before:
-                    self.looks.append(_Look(number, (len(rows), len(rows) + before), (0, self.features[number]), False))
+                    self._look(s, (len(rows), len(rows) + before), (0, len(s.positions)), False)
                     blind += range(len(rows), len(rows) + before)
                     rows += range(start, start + before)
                 for span in sequence.spans:
                     (a, b), (c, d) = span.rows, span.images
-                    self.looks.append(_Look(number, (len(rows), len(rows) + b - a), (ends[c], ends[d]), True))
+                    here, seen = (len(rows), len(rows) + b - a), (s.ends[c], s.ends[d])
+                    self._look(s, here, seen, True)
+                    self._parts.setdefault(s, []).append((number, here, seen))
                     rows += range(start + a, start + b)
+                s.seeing.append(here)
             start += self.lengths[number]
             self.ends.append(len(rows))
+        self.sets = list(by_group.values())
         device = prefill.model.device
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.blind = torch.tensor(blind, device=device) if blind else None
+
+    def _set(self, group: Group) -> _Set:
+        prefill = self.prefill
+        tiles = [e.tiles for e in group.encoded]
+        ends = [0, *accumulate(count * prefill.tokens for count in tiles)]
+        positions = packed_positions(tiles, prefill.tokens, prefill.max_tiles, prefill.rows == "transformers")
+        valid = torch.zeros(len(tiles) * prefill.max_tiles * prefill.tokens, dtype=torch.bool)
+        valid[positions[: ends[-1]]] = True
+        return _Set(group, positions, valid, ends, group.decision or Decision(), known=group.decision is not None)
+
+    def _look(self, s: _Set, rows: tuple[int, int], features: tuple[int, int], counts: bool) -> None:
+        """Adds a look, to the one before where that sees the same: one product for all questions about an image."""
+        last = self.looks[-1] if self.looks else None
+        if last and (last.set, last.features, last.counts, last.rows[1]) == (s, features, counts, rows[0]):
+            last.rows = (last.rows[0], rows[1])
+        else:
+            self.looks.append(_Look(s, rows, features, counts))
+
+    @property
+    def undecided(self) -> list[_Set]:
+        return [s for s in self.sets if not s.known]
+
+    def last_rows(self, s: _Set, count: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """The last ``count`` rows of each of a set's prompts, by the features that they see."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for number, (a, b), features in self._parts[s]:
+            first = max(a, self.ends[number] - count)
+            if first < b:
+                found.setdefault(features, []).append((first, b))
+        return found
 
     def move(self, device: torch.device) -> None:
         """Takes what the next layers need to their device."""
         self.rows = self.rows.to(device)
         self.blind = None if self.blind is None else self.blind.to(device)
-        for _, group in self.new_groups():
-            assert group.features is not None
-            group.features = group.features.to(device)
+        for projection in self.projections:
+            projection.features = projection.features.to(device)
+            projection.places = [(s, None if p is None else p.to(device)) for s, p in projection.places]
 
-    def keep(self, keep: Tensor) -> None:
-        """Takes ``keep`` (B, N) bool for decided: groups sequences, and allocates a segment for each group."""
-        self.decided = True
-        prefill = self.prefill
-        self.kept = [keep[row, p].nonzero()[:, 0] for row, p in enumerate(self.positions)]
+    def keep(self) -> None:
+        """Once all sets are decided, for all layers alike: allocates their segments, and tells what is to be projected."""
+        for s in self.sets:
+            s.kept = s.decision.keeps[0][s.positions].nonzero()[:, 0]
+            s.stored = self._among_kept(s, s.last)
         for look in self.looks:
-            low, high = torch.searchsorted(self.kept[look.sequence], torch.tensor(look.features)).tolist()
-            look.kept = (low, high)
-        last = {look.sequence: look.kept for look in self.looks}
-        mine: dict[Hashable, _Group] = {}
-        full = False
-        self.groups = [None] * len(self.sequences)
-        for number, sequence in enumerate(self.sequences):
-            if sequence.encoded:
-                self.groups[number] = found = self._group(number, last[number], mine)
-                sequence.segment = found.segment if found else None
-                full = full or found is None
-        if full:
-            raise NoRoomError
-        for row, sequence in enumerate(self.sequences):
-            sequence.trim = self._record(row, keep, prefill)
-
-    def saw(self, keep: Tensor) -> None:
-        """Takes a note of (B, N) bool that a layer keeps for itself."""
-        self.seen = keep if self.seen is None else self.seen | keep
-
-    def keep_layers(self) -> None:
-        """Allocates and fills the segments of sequences of which each layer has kept a set of its own."""
-        self.decided = True
-        memory = self.prefill.memory
-        full = False
-        for sequence, layers in zip(self.sequences, self.held, strict=True):
-            if not layers:
-                continue
-            rows, keys = [key.shape[1] for key, _ in layers], [key.shape[2] for key, _ in layers]
-            widths = [value.shape[2] for _, value in layers]
-            sequence.segment = segment = memory.allocate(rows, keys, widths)
-            if segment is None:
-                sequence.cross_need = memory.segment_elements_for(rows, keys, widths)
-                full = True
-                continue
-            for index, layer in enumerate(layers):
-                for stored, kept in zip(memory.segment_layer(segment, index), layer, strict=True):
-                    stored.copy_(kept)
-        if full:
-            raise NoRoomError
-        assert self.seen is not None
-        for row, sequence in enumerate(self.sequences):
-            sequence.trim = self._record(row, self.seen, self.prefill)
-
-    def packed(self, number: int) -> Tensor:
-        """(n, width): a sequence's features, as ``positions`` has them."""
-        encoded = self.sequences[number].encoded
-        return _joined([e.features for e in encoded], encoded, self.prefill.tokens)
-
-    def merged(self, number: int, keep: Tensor) -> Tensor:
-        """``packed`` with what is merged into the rows that ``keep`` (n,) bool keeps."""
-        features, positions, targets = self.packed(number), self.positions[number], self.targets[number]
-        # -1 stands behind everything else, and stays -1.
-        places = torch.full((len(targets) + 1,), -1)
-        places[positions] = torch.arange(len(positions))
-        return merged(features, places[targets[positions]].to(features.device), keep.to(features.device))
-
-    def _group(self, number: int, stored: tuple[int, int], mine: dict[Hashable, _Group]) -> _Group | None:
-        """The sequence's group, its segment counted as used by it; None where there is no room."""
-        memory, sequence, kept = self.prefill.memory, self.sequences[number], self.kept[number]
-        share: Hashable = None
-        policy = self.prefill.policy
+            look.kept = self._among_kept(look.set, look.features)
+        geometry, policy = self.prefill.geometry, self.prefill.policy
+        width, layers = geometry.head_dim, geometry.cross_layers
         # What is merged, and which channels stay, may depend on the question.
         alike = not policy.slices and (not policy.merges or policy.where == "features")
-        if stored == (0, len(kept)) and alike:
-            which = None if len(kept) == self.features[number] else kept.numpy().tobytes()
-            share = (tuple(image.key for image in sequence.request.images), which)
+        widths = [policy.key_width(width)] * layers, [width] * layers
+        for s in self.sets if self.stores else ():
+            whole = alike and s.stored == (0, len(s.kept))
+            which = None if len(s.kept) == len(s.positions) else s.kept.numpy().tobytes()
+            share = (s.group.keys, which) if whole else None
+            placed = self._place(s, [s.stored[1] - s.stored[0]] * layers, *widths, share)
+            if placed and whole and not s.fresh:
+                self.there.append(s)
+        self._check_room()
+        self._plan_projections()
+
+    def keep_layers(self) -> None:
+        """Allocates and fills the segments of sets of which each layer has kept a set of its own."""
+        for s in self.sets if self.stores else ():
+            rows, keys = [key.shape[1] for key, _ in s.held], [key.shape[2] for key, _ in s.held]
+            if self._place(s, rows, keys, [value.shape[2] for _, value in s.held]) and s.fresh:
+                assert s.segment is not None
+                for index, layer in enumerate(s.held):
+                    for stored, kept in zip(self.prefill.memory.segment_layer(s.segment, index), layer, strict=True):
+                        stored.copy_(kept)
+        self._check_room()
+
+    def _place(
+        self, s: _Set, rows: Sequence[int], keys: Sequence[int], values: Sequence[int], share: Hashable | None = None
+    ) -> bool:
+        """Gives the set's sequences their segment, a live one that holds the same if there is; False where there is no room.
+
+        ``share``: what is the same for other groups that keep the same; by default the group's own, if it has several members.
+        """
+        memory = self.prefill.memory
+        share = share or (s.group if s.group.size > 1 else None)
         segment = memory.find(share)
-        if segment is not None:
-            return mine.get(share) or _Group(None, stored, segment)
-        layers, width = memory.geometry.cross_layers, memory.geometry.head_dim
-        rows, keys, widths = [stored[1] - stored[0]] * layers, [policy.key_width(width)] * layers, [width] * layers
-        segment = memory.allocate(rows, keys, widths, share)
+        s.fresh = segment is None
+        segment = segment or memory.allocate(rows, keys, values, share)
         if segment is None:
-            sequence.cross_need = memory.segment_elements_for(rows, keys, widths)
-            return None
-        features = self.packed(number)
-        if policy.merges:
-            features = self.merged(number, torch.zeros(len(features), dtype=torch.bool).index_fill(0, kept, True))
-        features = features if len(kept) == len(features) else features[kept.to(features.device)]
-        group = _Group(features.to(self.rows.device), stored, segment)
-        if share is not None:
-            mine[share] = group
-        return group
+            s.group.cross_need = memory.segment_elements_for(rows, keys, values)
+            return False
+        segment.users += len(s.numbers) - 1
+        s.segment = segment
+        for number in s.numbers:
+            self.sequences[number].segment = segment
+        return True
 
-    def new_groups(self) -> list[tuple[int, _Group]]:
-        """Groups whose keys and values this prefill computes, each with the number of one of its sequences."""
-        numbered = {id(g): (i, g) for i, g in enumerate(self.groups) if g is not None and g.features is not None}
-        return list(numbered.values())
+    def _check_room(self) -> None:
+        if self.stores and any(s.segment is None for s in self.sets):
+            raise NoRoomError
 
-    def _record(self, row: int, keep: Tensor, prefill: Prefill) -> SampleTrim:
-        segment, itemsize = self.sequences[row].segment, prefill.memory.itemsize
-        # Other sequences of the batch may have more images.
-        own = len(self.sequences[row].request.images) * prefill.max_tiles * prefill.tokens
-        valid, kept = self.valid[row, :own], keep[row, :own]
-        allocated = segment.size * itemsize if segment else 0
-        rows = self.counts[row] or None
-        width = prefill.policy.key_width(prefill.geometry.head_dim)
-        return SampleTrim.of(valid, kept, self.lengths[row], prefill.geometry, itemsize, allocated, rows, width)
+    def _plan_projections(self) -> None:
+        """One projection for all sets of the same images: of the features that any of them keeps, which never are more than
+        those of all of them one by one."""
+        device, merges = self.rows.device, self.prefill.policy.merges
+        together: dict[Hashable, list[_Set]] = {}
+        for s in self.sets:
+            if s not in self.there:
+                # What was merged into a feature is its set's own.
+                together.setdefault(s if merges else tuple(map(id, s.group.encoded)), []).append(s)
+        for sets in together.values():
+            kept = sets[0].kept if len(sets) == 1 else torch.cat([s.kept for s in sets]).unique()
+            features = sets[0].packed
+            if merges:
+                features = _merged(sets[0], 0, torch.zeros(len(features), dtype=torch.bool).index_fill(0, kept, True))
+            features = features if len(kept) == len(features) else features[kept.to(features.device)]
+            same = [len(s.kept) == len(kept) for s in sets]
+            places = [
+                (s, None if all_of_it else torch.searchsorted(kept, s.kept).to(device))
+                for s, all_of_it in zip(sets, same, strict=True)
+            ]
+            self.projections.append(_Projection(features.to(device), places))
+
+    def _among_kept(self, s: _Set, features: tuple[int, int]) -> tuple[int, int]:
+        low, high = torch.searchsorted(s.kept, torch.tensor(features)).tolist()
+        return low, high
+
+    def conclude(self) -> None:
+        """Once all has gone well: groups of several remember what they decided, and sequences have their records."""
+        for s in self.sets:
+            if s.group.size > 1:
+                s.group.decision = s.decision
+        if not self.stores:
+            return
+        none = torch.zeros(0, dtype=torch.bool)
+        for number, length in enumerate(self.lengths):
+            self.sequences[number].trim = self._record(none, none, length, None)
+        for s in self.sets:
+            keep = torch.stack([each if each.dim() == 1 else each.any(0) for each in s.decision.keeps]).any(0)
+            record = self._record(s.valid, keep, 0, s)
+            for number in s.numbers:
+                own = self.lengths[number] * self.prefill.geometry.self_kv_bytes(self.prefill.memory.itemsize)
+                self.sequences[number].trim = replace(record, self_kv_bytes=own)
+                self.sequences[number].channels = s.decision.channels
+
+    def _record(self, valid: Tensor, keep: Tensor, length: int, s: _Set | None) -> SampleTrim:
+        geometry, itemsize = self.prefill.geometry, self.prefill.memory.itemsize
+        allocated = s.segment.size * itemsize if s and s.segment else 0
+        width = self.prefill.policy.key_width(geometry.head_dim)
+        return SampleTrim.of(valid, keep, length, geometry, itemsize, allocated, s.counts or None if s else None, width)
 
 
-def _joined(parts: Sequence[Tensor], encoded: Sequence[Encoded], tokens: int) -> Tensor:
-    """One tensor an image, along its tokens, as one: every image's real tiles, then every image's padding tiles."""
-    if len(parts) == 1:
-        return parts[0]
-    cuts = [(part[: e.tiles * tokens], part[e.tiles * tokens :]) for part, e in zip(parts, encoded, strict=True)]
-    return torch.cat([part for side in zip(*cuts, strict=True) for part in side])
+def _merged(s: _Set, index: int, keep: Tensor) -> Tensor:
+    """A set's packed features with what is merged into the rows that ``keep`` (n,) bool keeps, by its ``index``-th decision."""
+    features, targets = s.packed, s.decision.targets[index]
+    # -1 stands behind everything else, and stays -1.
+    places = torch.full((len(targets) + 1,), -1)
+    places[s.positions] = torch.arange(len(s.positions))
+    return merged(features, places[targets[s.positions]].to(features.device), keep.to(features.device))
 
 
 def _attend_and_score(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
-from typing import get_args
+from functools import partial
+from itertools import groupby, islice
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ from trimming.engine.limits import Limit
 from trimming.engine.memory import Memory
 from trimming.engine.onednn import through_onednn
 from trimming.engine.prefill import NoRoomError, Prefill
-from trimming.engine.request import Completion, Image, KeptSets, Request
+from trimming.engine.request import GROUP_ROWS, Completion, Image, KeptSets, Request, groups
 from trimming.engine.sampling import choose
-from trimming.engine.sequence import Encoded, Sequence_, ceil_to, image_spans
+from trimming.engine.sequence import Encoded, Group, Sequence_, ceil_to, image_spans
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stage_geometries, stages
 from trimming.engine.vision import ImageCache, Tower, TowerTiles
@@ -35,13 +36,15 @@ from trimming.policies import Policy
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 TOWER_IMAGES = 8
 """Images that go through the tower at once, at most."""
 PREFILL_SEQUENCES = 16
 PREFILL_TOKENS = 8192
 PREFILL_VISUAL_TOKENS = 1 << 16
 """Prompts, their tokens, and the visual tokens of their images, that are prefilled at once, at most: ten images of four tiles,
-or twenty of two. A longer one goes alone."""
+or twenty of two. What is longer goes alone, and so do prompts that decide together and are more."""
 DECODE_PATIENCE = 1024
 """Decode steps before a lowered number of sequences is raised: preempted sequences start over, which is expensive."""
 SILENT_TOKENS = 8
@@ -67,6 +70,9 @@ class Statistics:
     cross_kv_byte_seconds: float = 0.0
     """Bytes of images' keys and values that were held, times the seconds of the stages (``Engine.seconds``) that they were held
     for. What several sequences share is counted once."""
+    cross_kv_byte_seconds_full: float = 0.0
+    """What the same would have been with all features kept of the same rows' images, by formula; rows of the same images share
+    theirs then."""
     cross_kv_bytes_read: int = 0
     """Bytes of images' keys and values that decode steps attended to; what sequences share once a step."""
 
@@ -105,8 +111,13 @@ class Engine:
         detokenize: Callable[[Sequence[int]], str] | None = None,
         kept_sets: KeptSets = "image",
     ) -> None:
-        if rows not in get_args(Rows) or tower_tiles not in get_args(TowerTiles):
-            raise ValueError(f"rows={rows!r} is one of {get_args(Rows)}, tower_tiles={tower_tiles!r} of {get_args(TowerTiles)}")
+        for name, given, kind in (
+            ("rows", rows, Rows),
+            ("tower_tiles", tower_tiles, TowerTiles),
+            ("kept_sets", kept_sets, KeptSets),
+        ):
+            if given not in get_args(kind):
+                raise ValueError(f"{name}={given!r} is none of {get_args(kind)}")
         model = through_onednn(model)
         self.model, self.policy, self.eos, self.detokenize = model, policy, frozenset(eos), detokenize
         self.kept_sets = kept_sets
@@ -134,6 +145,9 @@ class Engine:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds of the device by stage: ``tower`` (with projector), ``prefill``, ``decode``."""
         self._share = _first_guess(policy)
+        # How many running sequences have which images, and what these would hold if all features were kept.
+        self._shown: Counter[tuple[str, ...]] = Counter()
+        self._full_elements = 0
         # Something that should have fitted did not: no use in trying before a sequence has left.
         self._full_house = False
         self.failed: BaseException | None = None
@@ -150,36 +164,60 @@ class Engine:
 
         Raises ``ValueError`` for a request that can't be run, and ``RuntimeError`` once ``serve`` has failed.
         """
-        self._check(request)
+        return self.submit_together([request])[0]
+
+    def submit_together(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        """The completions to come of requests about the same images, one of ``groups``, which decide together what is kept.
+
+        Raises as ``submit`` does, before any is submitted; also for requests that differ in their images, or in which of them
+        their texts see last.
+        """
+        for request in requests:
+            self._check(request)
+        sequences = [self._sequence(request) for request in requests]
+        if self.kept_sets == "image" and len(sequences) > 1:
+            if len(sequences) > GROUP_ROWS:
+                raise ValueError(f"{len(sequences)} requests are too many to decide together: give {GROUP_ROWS} at most")
+            for sequence in sequences:
+                if not self._whose(sequence.request) or self._whose(sequence.request) != self._whose(requests[0]):
+                    raise ValueError(f"request {sequence.request.id!r} is not about the images of {requests[0].id!r}")
+                sequence.group = sequences[0].group
+            sequences[0].group.size = sequences[0].group.waiting = len(sequences)
+        with self._arrived:
+            if self.failed is not None:
+                raise RuntimeError(f"the engine has failed: {self.failed}") from self.failed
+            self.waiting.extend(sequences)
+            self._arrived.notify()
+        return [sequence.future for sequence in sequences]
+
+    def _whose(self, request: Request) -> tuple[object, ...]:
+        """What requests have in common that may decide together; empty without images."""
+        spans = image_spans(request.tokens, self.image_token)
+        return (spans[-1].images, *(image.key for image in request.images)) if spans else ()
+
+    def _sequence(self, request: Request) -> Sequence_:
         future: Future[Completion] = Future()
         # It can no longer be cancelled: the engine would trip over it when it has its result.
         future.set_running_or_notify_cancel()
         sequence = Sequence_(request, future, image_spans(request.tokens, self.image_token))
         if not request.sampling.greedy:
             sequence.draws = request.sampling.stream(request.id, request.max_new_tokens)
-        with self._arrived:
-            if self.failed is not None:
-                raise RuntimeError(f"the engine has failed: {self.failed}") from self.failed
-            self.waiting.append(sequence)
-            self._arrived.notify()
-        return future
-
-    def submit_together(self, requests: Sequence[Request]) -> list[Future[Completion]]:
-        """The completions to come of requests about the same images, one of ``groups``, which decide together what is kept.
-
-        Raises as ``submit`` does, before any is submitted.
-        """
-        return [self.submit(request) for request in requests]
+        return sequence
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in order. Raises ``ValueError`` for a request that can't be run, before any is."""
         asked = list(requests)
         for request in asked:
             self._check(request)
-        futures = [self.submit(request) for request in asked]
-        while not all(future.done() for future in futures):
+        together = [[place] for place in range(len(asked))]
+        if self.kept_sets == "image":
+            together = groups([self._whose(request) for request in asked], [len(request.tokens) for request in asked])
+        futures: dict[int, Future[Completion]] = {}
+        for places in together:
+            futures |= zip(places, self.submit_together([asked[place] for place in places]), strict=True)
+        while not all(future.done() for future in futures.values()):
             self.step()
-        return [future.result() for future in futures]
+        return [futures[place].result() for place in range(len(asked))]
 
     def serve(self, stop: threading.Event) -> None:
         """Steps until ``stop`` is set (and ``wake`` called), and waits while there is nothing to do.
@@ -286,81 +324,92 @@ class Engine:
     def _admit(self) -> None:
         """Prefills waiting sequences while there is room; a few at a time, as a prefill of one reads all weights too."""
         while self.waiting and not self._full_house:
+            first = next(self._parties())
+            if len(first) > self.max_sequences.now:
+                if not self._decide_ahead(first):
+                    return
+                continue
             batch, whole = self._fitting()
             enough = whole or len(batch) >= min(len(self.waiting), max(1, len(self.decode.running) // 8))
             if self.decode.running and not enough:
                 return
-            # With nothing running nothing will be freed: the estimate may be too high, so the first is tried all the same.
-            batch = batch or [self.waiting[0]]
-            if not self._start(batch):
+            # With nothing running nothing will be freed: the estimate may be too high, so the first are tried all the same.
+            if not self._start(batch or first):
                 return
+
+    def _parties(self) -> Iterator[list[Sequence_]]:
+        """The first waiting sequences, parted into those that must be prefilled at once: a group that has not decided yet, and
+        whose sequences stand one behind the other then, or one alone."""
+        # A copy: other threads submit meanwhile.
+        return _parties(list(islice(self.waiting, self.prefill_sequences.now + 1 + GROUP_ROWS)))
 
     def _fitting(self) -> tuple[list[Sequence_], bool]:
         """The first waiting sequences that fit into the memory beside the running ones, and whether a prefill takes no more."""
         running, memory = self.decode.running, self.memory
         capacity = max((s.capacity for s in running), default=0)
         used = memory.segment_elements
-        here = {_keys(s) for s in running}
+        here = {s.group.keys for s in running}
         batch: list[Sequence_] = []
         tokens = visual = 0
         seen: set[str] = set()
-        # A copy: other threads submit meanwhile.
-        for sequence in list(islice(self.waiting, self.prefill_sequences.now + 1)):
-            tokens += len(sequence.request.tokens)
-            new = {image.key: len(image.pixels) for image in sequence.request.images if image.key not in seen}
+        for party in self._parties():
+            group = party[0].group
+            tokens += sum(len(sequence.request.tokens) for sequence in party)
+            new = {image.key: len(image.pixels) for image in group.images if image.key not in seen}
             visual += sum(new.values()) * self.tower.tokens
             seen |= new.keys()
-            capacity = max(capacity, sequence.capacity)
-            used += self._expected(sequence, _keys(sequence) in here)
-            together = len(running) + len(batch)
+            capacity = max(capacity, *(sequence.capacity for sequence in party))
+            used += self._expected(group, group.keys in here)
+            together = len(running) + len(batch) + len(party)
             large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
-            if len(batch) == self.prefill_sequences.now or (batch and large):
+            if batch and (len(batch) + len(party) > self.prefill_sequences.now or large):
                 return batch, True
-            fits = memory.fits(together + 1, ceil_to(capacity, SLOT_GRAIN), used)
-            if together >= self.max_sequences.now or not fits:
+            fits = memory.fits(together, ceil_to(capacity, SLOT_GRAIN), used)
+            if together > self.max_sequences.now or not fits:
                 break
-            batch.append(sequence)
-            here.add(_keys(sequence))
+            batch += party
+            here.add(group.keys)
         return batch, False
 
-    def _expected(self, sequence: Sequence_, here: bool) -> int:
-        """Elements that its segment will take, by what such sequences took so far."""
-        if sequence.cross_need is not None:
-            return sequence.cross_need
-        return int(self._full(sequence) * self._share[here])
+    def _expected(self, group: Group, here: bool) -> int:
+        """Elements that its segment will take, by what such groups took so far."""
+        if group.cross_need is not None:
+            return group.cross_need
+        return int(self._full(group) * self._share[here])
 
-    def _full(self, sequence: Sequence_) -> int:
-        tokens = sum(len(image.pixels) for image in sequence.request.images) * self.tower.tokens
-        return tokens * self.geometry.cross_kv_bytes(1)
+    def _full(self, group: Group) -> int:
+        """Elements that all features of its images take, of those that decoding sees."""
+        if not group.images:
+            return 0
+        first, last = group.last_images
+        rows = sum(len(image.pixels) for image in group.images[first:last]) * self.tower.tokens
+        layers, width = self.geometry.cross_layers, self.geometry.head_dim
+        return self.memory.segment_elements_for([rows] * layers, [width] * layers, [width] * layers)
 
     def _start(self, batch: list[Sequence_]) -> bool:
         """Encodes and prefills ``batch``, which stands first among the waiting; False where nothing more can start now."""
         if not self._encode(batch):
             return not self._full_house
-        began = time.perf_counter()
-        here = {_keys(s) for s in self.decode.running}
-        try:
+        here = {s.group.keys for s in self.decode.running}
+        first: list[int] = []
+
+        def prefill() -> Tensor:
             if not self._reserve(batch):
                 raise NoRoomError
-            logits = self.prefill(batch)
-            tokens = self._choose(logits, batch)
-            first = tokens.tolist()
-            failure = None
-        except Exception as error:
-            if not self._healthy():
-                raise
-            # The traceback's frames hold the batch's tensors, which the next attempt may need the memory of.
-            failure = error.with_traceback(None)
-        finally:
-            self.seconds["prefill"] += time.perf_counter() - began
-        if failure is not None:
+            tokens = self._choose(self.prefill(batch), batch)
+            first.extend(tokens.tolist())
+            return tokens
+
+        tokens, failure = self._attempt("prefill", prefill)
+        if tokens is None:
+            assert failure is not None
             self._unreserve(batch)
             return self._no_room(batch) if isinstance(failure, NoRoomError) else self._prefill_failed(batch, failure)
         self.prefill_sequences.passed(len(batch))
         self._learn(batch, here)
         for sequence in batch:
             self.waiting.remove(sequence)
-            sequence.encoded = []
+            self._enters(sequence)
         self.images.shrink()
         self.decode.add(batch, tokens)
         self.statistics.prefill_tokens += sum(len(s.request.tokens) for s in batch)
@@ -368,6 +417,49 @@ class Engine:
         self._note_peaks()
         self._say(batch, first)
         return True
+
+    def _decide_ahead(self, party: list[Sequence_]) -> bool:
+        """Has ``party`` decide what is kept, so that its sequences can start one by one where they can't at once; False where
+        nothing more can start now."""
+        if not self._encode(party):
+            return not self._full_house
+
+        _, failure = self._attempt("prefill", partial(self.prefill.decide, party))
+        return failure is None or self._prefill_failed(party, failure)
+
+    def _attempt(
+        self, stage: str, do: Callable[[], Result], may_fail: Callable[[Exception], bool] = lambda error: True
+    ) -> tuple[Result | None, Exception | None]:
+        """What ``do`` gives, or what it failed with, timed as ``stage``. Raises where it may not fail so, and where the device
+        itself has failed."""
+        began = time.perf_counter()
+        try:
+            return do(), None
+        except Exception as error:
+            if not may_fail(error) or not self._healthy():
+                raise
+            # The traceback's frames hold the batch's tensors, which the next attempt may need the memory of.
+            return None, error.with_traceback(None)
+        finally:
+            self._charge(stage, time.perf_counter() - began)
+
+    def _charge(self, stage: str, seconds: float) -> None:
+        """Counts seconds, and what has been held for so long."""
+        self.seconds[stage] += seconds
+        itemsize = self.memory.itemsize
+        self.statistics.cross_kv_byte_seconds += self.memory.segment_elements * itemsize * seconds
+        self.statistics.cross_kv_byte_seconds_full += self._full_elements * itemsize * seconds
+
+    def _enters(self, sequence: Sequence_) -> None:
+        """Takes a note that it has been prefilled."""
+        group = sequence.group
+        group.waiting -= 1
+        if not group.waiting:
+            group.encoded = []
+        if sequence.segment is not None:
+            self._shown[group.keys] += 1
+            if self._shown[group.keys] == 1:
+                self._full_elements += self._full(group)
 
     def _reserve(self, batch: Sequence[Sequence_]) -> bool:
         """Opens a slot for each sequence."""
@@ -395,67 +487,73 @@ class Engine:
 
     def _no_room(self, batch: list[Sequence_]) -> bool:
         """Half the batch may fit; one alone in an empty memory never will."""
-        if len(batch) > 1:
-            return self._start(batch[: len(batch) // 2])
+        parties = list(_parties(batch))
+        if len(parties) > 1:
+            return self._start([sequence for party in parties[: len(parties) // 2] for sequence in party])
         if self.decode.running:
             self._full_house = True
             return False
+        if len(batch) > 1:
+            return self._decide_ahead(batch)
         (sequence,) = batch
-        need = self.memory.slot_elements_for(ceil_to(sequence.capacity, SLOT_GRAIN)) + self._expected(sequence, False)
+        need = self.memory.slot_elements_for(ceil_to(sequence.capacity, SLOT_GRAIN)) + self._expected(sequence.group, False)
         need_mib, have_mib = (n * self.memory.itemsize / 2**20 for n in (need, self.memory.size))
         said = f"the row needs {need_mib:.1f} MiB for keys and values, and the engine has {have_mib:.1f}"
-        self._fail(sequence, ValueError(said))
+        self._fail(batch, ValueError(said))
         return True
 
     def _prefill_failed(self, batch: list[Sequence_], error: Exception) -> bool:
-        """Takes a failed batch apart, so that only its culprit fails."""
-        if len(batch) == 1:
-            if out_of_memory(error) and self._make_room(batch[0]):
+        """Takes a failed batch apart, so that only its culprit fails, with those that would have decided with it."""
+        parties = list(_parties(batch))
+        if len(parties) == 1:
+            if out_of_memory(error) and self._make_room(batch[0].group):
                 return not self._full_house
-            self._fail(batch[0], error)
+            self._fail(batch, error)
             return True
         if out_of_memory(error):
             self.prefill_sequences.lower(len(batch) // 2)
             self._warn(f"out of memory in a prefill of {len(batch)} prompts: {len(batch) // 2} at a time for now")
             return True
-        started = [self._start([sequence]) for sequence in batch]
+        started = [self._start(party) for party in parties]
         return all(started)
 
     def _learn(self, batch: Sequence[Sequence_], here: set[tuple[str, ...]]) -> None:
         seen = set()
-        for sequence in batch:
-            if sequence.segment is None:
+        for party in _parties(batch, started=True):
+            group, segment = party[0].group, party[0].segment
+            if segment is None:
                 continue
-            known = _keys(sequence) in here
-            took = 0 if sequence.segment in seen or (known and sequence.segment.users > 1) else sequence.segment.size
-            seen.add(sequence.segment)
+            known = group.keys in here
+            took = 0 if segment in seen or (known and segment.users > len(party)) else segment.size
+            seen.add(segment)
             # Rather a little too much: a sequence that does not fit after all costs its prefill.
-            self._share[known] += 0.2 * (1.05 * took / self._full(sequence) - self._share[known])
-            here.add(_keys(sequence))
+            self._share[known] += 0.2 * (1.05 * took / self._full(group) - self._share[known])
+            here.add(group.keys)
 
     # ---- images ---------------------------------------------------------------------------------------------------------
 
     def _encode(self, batch: Sequence[Sequence_]) -> bool:
-        """Gives every sequence of ``batch`` its encoded images; False where one of them could not have them: it has failed,
-        waits for another to leave, or lost them to a neighbour that ran out of memory."""
+        """Gives every group of ``batch`` its encoded images; False where one of them could not have them: it has failed, waits
+        for another to leave, or lost them to a neighbour that ran out of memory."""
         fine = True
-        for sequence in batch:
-            while fine and len(sequence.encoded) < len(sequence.request.images):
-                fine = self._encode_next(sequence)
-        return fine and all(len(s.encoded) == len(s.request.images) for s in batch)
+        groups = dict.fromkeys(sequence.group for sequence in batch)
+        for group in groups:
+            while fine and len(group.encoded) < len(group.images):
+                fine = self._encode_next(group)
+        return fine and all(len(group.encoded) == len(group.images) for group in groups)
 
-    def _encode_next(self, sequence: Sequence_) -> bool:
-        """The sequence's next image, from the cache or from the tower, where others of its tile count come along."""
-        image = sequence.request.images[len(sequence.encoded)]
+    def _encode_next(self, group: Group) -> bool:
+        """The group's next image, from the cache or from the tower, where others of its tile count come along."""
+        image = group.images[len(group.encoded)]
         cached = self.images.get(image.key) if self.images.limit_bytes else None
         if cached is not None:
-            sequence.encoded.append(cached)
-            self.statistics.image_hits += 1
+            group.encoded.append(cached)
+            self.statistics.image_hits += group.size
             return True
-        together = self._alike(sequence, image)
-        began = time.perf_counter()
-        try:
-            pictures = [image for _, image in together]
+        together = self._alike(group, image)
+        pictures = [image for _, image in together]
+
+        def encode() -> list[Encoded]:
             seen: list[Tensor] = []
             if "class_attention" in self.policy.looks_at:
                 features, attention = self.tower.look(pictures)
@@ -470,15 +568,11 @@ class Engine:
             for one, own in zip(encoded, seen, strict=bool(seen)):
                 one.class_attention = own.clone()
             self._synchronise()
-            failure = None
-        except Exception as error:
-            if not self._healthy():
-                raise
-            # As in a prefill.
-            failure = error.with_traceback(None)
-        finally:
-            self.seconds["tower"] += time.perf_counter() - began
-        if failure is not None:
+            return encoded
+
+        encoded, failure = self._attempt("tower", encode)
+        if encoded is None:
+            assert failure is not None
             return self._tower_failed(together, failure)
         self.tower_images.passed(len(together))
         self.statistics.images_encoded += len(together)
@@ -486,31 +580,33 @@ class Engine:
             if self.images.limit_bytes:
                 self.images.put(image.key, one)
             owner.encoded.append(one)
+            self.statistics.image_hits += owner.size - 1
         return True
 
-    def _alike(self, sequence: Sequence_, image: Image) -> list[tuple[Sequence_, Image]]:
-        """``image`` and images of its tile count that waiting sequences need next, each key once."""
-        together = [(sequence, image)]
+    def _alike(self, group: Group, image: Image) -> list[tuple[Group, Image]]:
+        """``image`` and images of its tile count that waiting groups need next, each key once."""
+        together = [(group, image)]
         if image.key in self._suspects:
             return together
         keys = {image.key}
-        ahead = list(self.waiting)[: 2 * self.tower_images.now + self.prefill_sequences.now]
+        waiting = dict.fromkeys(sequence.group for sequence in list(self.waiting))
+        ahead = list(islice(waiting, 2 * self.tower_images.now + self.prefill_sequences.now))
         # Prompts of many images take as many neighbours' along: what waits encoded is held to what a prefill takes.
         held = sum(encoded.tiles for other in ahead for encoded in other.encoded) * self.tower.tokens
         for other in ahead:
             if len(together) >= self.tower_images.now or held > PREFILL_VISUAL_TOKENS:
                 break
             done = len(other.encoded)
-            if other is sequence or done == len(other.request.images):
+            if other is group or done == len(other.images):
                 continue
-            candidate = other.request.images[done]
+            candidate = other.images[done]
             known = self.images.limit_bytes and (candidate.key in keys or self.images.get(candidate.key) is not None)
             if len(candidate.pixels) == len(image.pixels) and not known and candidate.key not in self._suspects:
                 together.append((other, candidate))
                 keys.add(candidate.key)
         return together
 
-    def _tower_failed(self, together: list[tuple[Sequence_, Image]], error: Exception) -> bool:
+    def _tower_failed(self, together: list[tuple[Group, Image]], error: Exception) -> bool:
         """Fewer images at a time where memory ran out; one alone fails once nothing can be let go of. Whether to try again."""
         if len(together) == 1:
             owner = together[0][0]
@@ -518,7 +614,7 @@ class Engine:
                 # Fewer images are held at once from now on: the rest of this batch may just have lost its own.
                 self.prefill_sequences.lower(self.prefill_sequences.now // 2)
                 return not self._full_house
-            self._fail(owner, error)
+            self._fail([sequence for sequence in list(self.waiting) if sequence.group is owner], error)
             return False
         if out_of_memory(error):
             self._warn(f"out of memory in the vision tower: {len(together) // 2} images at a time for now")
@@ -530,26 +626,22 @@ class Engine:
     # ---- decoding -------------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        began = time.perf_counter()
         running = list(self.decode.running)
-        try:
-            logits = self.decode.step()
-            tokens = self._choose(logits, running)
-            said = tokens.tolist()
+        said: list[int] = []
+
+        def decode() -> None:
+            tokens = self._choose(self.decode.step(), running)
+            said.extend(tokens.tolist())
             self.decode.advance(tokens)
-            failure = None
-        except Exception as error:
-            if not out_of_memory(error) or not self._healthy():
-                raise
-            failure = error.with_traceback(None)
-        finally:
-            self.seconds["decode"] += time.perf_counter() - began
+
+        _, failure = self._attempt("decode", decode, may_fail=out_of_memory)
         if failure is not None:
             self._decode_failed(running, failure)
             return
         self.max_sequences.passed(len(running))
         self.statistics.decode_steps += 1
         self.statistics.decode_tokens += len(said)
+        self.statistics.cross_kv_bytes_read += self.memory.segment_elements * self.memory.itemsize
         self._say(running, said)
 
     def _choose(self, logits: Tensor, sequences: Sequence[Sequence_]) -> Tensor:
@@ -606,6 +698,10 @@ class Engine:
         if sequence.segment is not None:
             self.memory.release(sequence.segment)
             sequence.segment = None
+            self._shown[sequence.group.keys] -= 1
+            if not self._shown[sequence.group.keys]:
+                del self._shown[sequence.group.keys]
+                self._full_elements -= self._full(sequence.group)
 
     def _decode_failed(self, running: Sequence[Sequence_], error: Exception) -> None:
         """After a step that ran out of memory: the others take it again, one alone once more memory is free."""
@@ -626,25 +722,28 @@ class Engine:
         for sequence in sequences:
             self._leave(sequence)
             sequence.said = []
+            sequence.group.waiting += 1
         self.waiting.extendleft(reversed(sequences))
 
     # ---- memory that ran out --------------------------------------------------------------------------------------------
 
-    def _make_room(self, sequence: Sequence_) -> bool:
-        """For one that ran out of memory alone: whether it may try again, at once or, with a full house, when another has left.
+    def _make_room(self, group: Group) -> bool:
+        """For a group that ran out of memory alone: whether it may try again, at once or, with a full house, when others have
+        left.
 
         Nobody is sent back for it: the memory of keys and values is of a fixed size, so that this would give the device
         nothing but the little that a step of fewer rows takes.
         """
-        if self._free_memory(sequence):
+        if self._free_memory(group):
             return True
         self._full_house = bool(self.decode.running)
         return self._full_house
 
-    def _free_memory(self, sequence: Sequence_ | None = None) -> bool:
-        """Lets go of what can be made anew, but for what ``sequence`` needs: encoded images and captured graphs. Whether there
+    def _free_memory(self, group: Group | None = None) -> bool:
+        """Lets go of what can be made anew, but for what ``group`` needs: encoded images and captured graphs. Whether there
         was any."""
-        held = [other for other in list(self.waiting) if other.encoded and other is not sequence]
+        waiting = dict.fromkeys(sequence.group for sequence in list(self.waiting))
+        held = [other for other in waiting if other.encoded and other is not group]
         freed = bool(held or self.images)
         for other in held:
             other.encoded = []
@@ -658,10 +757,11 @@ class Engine:
 
     # ---- the rest -------------------------------------------------------------------------------------------------------
 
-    def _fail(self, sequence: Sequence_, error: Exception) -> None:
-        self.waiting.remove(sequence)
-        # The traceback's frames hold a batch's tensors.
-        sequence.future.set_exception(error.with_traceback(None))
+    def _fail(self, sequences: Sequence[Sequence_], error: Exception) -> None:
+        for sequence in sequences:
+            self.waiting.remove(sequence)
+            # The traceback's frames hold a batch's tensors.
+            sequence.future.set_exception(error.with_traceback(None))
 
     def _note_peaks(self) -> None:
         self.statistics.peak_kv_bytes = self.memory.peak_bytes
@@ -743,5 +843,11 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _keys(sequence: Sequence_) -> tuple[str, ...]:
-    return tuple(image.key for image in sequence.request.images)
+def _parties(sequences: Iterable[Sequence_], started: bool = False) -> Iterator[list[Sequence_]]:
+    """``sequences`` parted into those that decide together, unless they have; or that have just ``started`` together."""
+    for _, several in groupby(sequences, key=lambda sequence: sequence.group):
+        party = list(several)
+        if started or party[0].group.decision is None:
+            yield party
+        else:
+            yield from ([sequence] for sequence in party)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimming.engine.memory import Segment
-from trimming.engine.request import Completion, Request
+from trimming.engine.request import Completion, Image, Request
 from trimming.samples import SampleTrim
 
 
@@ -41,24 +41,60 @@ class Span:
 
 
 @dataclass(slots=True, eq=False)
+class Decision:
+    """What stays of a group's images. Tensors are on the CPU, N = its images × most tiles × tokens."""
+
+    keeps: list[Tensor] = field(default_factory=list)
+    """(N,), or (KV, N) where heads of keys have sets of their own, bool: one for all cross-attention layers or one for each."""
+    targets: list[Tensor] = field(default_factory=list)
+    """As many (N,) long, where the policy merges; see ``Policy.merge``."""
+    channels: list[Tensor] = field(default_factory=list)
+    """(KV, key_width) long, one a cross-attention layer, where the policy slices; see ``Policy.channels``. On its device."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """What sequences about the same images have in common, which decide together what stays of them; or one alone."""
+
+    images: Sequence[Image]
+    last_images: tuple[int, int]
+    """Those that decoding sees: the last one, or the last adjacent ones."""
+    id: str
+    """Of its first request: what policies that draw are seeded with."""
+    size: int = 1
+    waiting: int = 1
+    """Of its sequences, those that are yet to be prefilled."""
+    encoded: list[Encoded] = field(default_factory=list)
+    """Its images, from their encoding to the end of the last prefill."""
+    decision: Decision | None = None
+    """Of several, once they have decided: who is prefilled later, or again, goes by it."""
+    cross_need: int | None = None
+    """Elements of its segment, once a prefill has found out."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(image.key for image in self.images)
+
+
+@dataclass(slots=True, eq=False)
 class Sequence_:
     """One request, from its arrival to its completion."""
 
     request: Request
     future: Future[Completion]
     spans: list[Span]
-    encoded: list[Encoded] = field(default_factory=list)
-    """Its images, from their encoding to the end of the prefill."""
+    group: Group = field(init=False)
     trim: SampleTrim | None = None
     segment: Segment | None = None
     slot: int = -1
-    channels: list[Tensor] = field(default_factory=list)
+    channels: Sequence[Tensor] = ()
     """(KV, key_width) long, one a cross-attention layer: the channels of its segment's keys, where not all are kept."""
     draws: Sequence[float] = ()
     said: list[int] = field(default_factory=list)
     """Tokens so far."""
-    cross_need: int | None = None
-    """Elements of its segment, once a prefill has found out."""
+
+    def __post_init__(self) -> None:
+        self.group = Group(self.request.images, self.spans[-1].images if self.spans else (0, 0), self.request.id)
 
     @property
     def capacity(self) -> int:
