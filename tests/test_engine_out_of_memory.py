@@ -70,7 +70,7 @@ def test_a_lone_image_has_others_features_dropped_which_are_encoded_again(rows: 
     """Room for the features of two images alone."""
     wanted = tokens(finish(make_engine(POLICY), rows))
     engine = make_engine(POLICY, image_cache_bytes=0)
-    held = lambda images: sum(len(s.encoded) for s in engine.waiting) >= 2  # noqa: E731
+    held = lambda images: sum(len(s.group.encoded) for s in engine.waiting) >= 2  # noqa: E731
     encode = engine.tower.encode = Tight(engine.tower.encode, held)  # type: ignore[method-assign]
     assert tokens(finish(engine, rows)) == wanted
     assert encode.refused
@@ -322,7 +322,7 @@ def test_what_waits_encoded_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = engine.tower.encode
 
     def watch(images: Sequence[Image]) -> Tensor:
-        held = sum(encoded.tiles for s in engine.waiting for encoded in s.encoded) * 10
+        held = sum(encoded.tiles for s in engine.waiting for encoded in s.group.encoded) * 10
         most[0] = max(most[0], held + 10 * sum(len(image.pixels) for image in images))
         return encode(images)
 

@@ -342,7 +342,7 @@ def test_the_image_cache_is_bounded(spare: int, encodings: int, hits: int) -> No
 
     def within_the_limit() -> None:
         # Who runs has no more use for images.
-        assert not any(sequence.encoded for sequence in tight.decode.running)
+        assert not any(sequence.group.encoded for sequence in tight.decode.running)
         assert sum(image.bytes for image in tight.images._images.values()) <= limit
 
     drain(tight, within_the_limit)

@@ -22,6 +22,7 @@ from transformers import MllamaConfig
 from trimming.attention import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
+    from trimming.engine.request import KeptSets
     from trimming.engine.vision import TowerTiles
 
 
@@ -103,8 +104,8 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Text rows that attend to the same visual tokens: in a prefill a prompt's rows from an image on, in decoding the sequences
-    that share what they keep."""
+    """Text rows that attend to the same visual tokens: in a prefill the rows from an image on, of a prompt or of several that
+    decide together; in decoding the sequences that share what they keep."""
 
     rows: int
     first: int
@@ -185,7 +186,8 @@ class Costs:
         """Keys and values of ``first`` visual tokens in the first cross-attention layer, of ``later`` ones in each behind it.
 
         Sums over a batch: ``first`` counts each image once, and not at all where an earlier prompt has had them projected;
-        ``later`` counts each kept set once. Every layer reads its features anew.
+        ``later`` counts what of an image is in any of its kept sets, once: where sets differ, each is gathered from that, which
+        is left out. Every layer reads its features anew.
         """
         behind = self.geometry.cross_layers - 1
         tokens = first + behind * later
@@ -270,6 +272,7 @@ class Costs:
         questions: int = 1,
         before: int = 0,
         tower_tiles: TowerTiles = "all",
+        kept_sets: KeptSets = "image",
     ) -> Stages:
         """``images`` × ``questions`` rows that go through every stage side by side: one call of each, output − 1 of decode.
 
@@ -280,18 +283,23 @@ class Costs:
             prompt: tokens of each prompt, the image's own among them; ``before``: those before it.
             output: tokens of each answer. The prefill gives the first one, and the last one is never fed back.
             keep: share of the visual tokens that stays, as Trimmed-Llama has it: the first cross-attention layer's prefill
-                sees all. Below 1 each question keeps a set of its own; at 1 an image's questions share theirs.
+                sees all.
             questions: about each image, which is encoded once.
             tower_tiles: as in ``tower``.
+            kept_sets: ``image``: an image's questions decide together, and share one kept set. ``question``: each has its own,
+                which it shares only if that is everything; those of one image are taken to overlap as little as they can.
         """
         rows, visual = images * questions, tiles * self.tokens
         kept = max(1, round(keep * visual))
-        sets, sharing = (rows, 1) if kept < visual else (images, questions)
-        steps = [self.decode([prompt + n] * rows, [Look(sharing, kept, kept)] * sets) for n in range(1, output)]
+        together = questions if kept_sets == "image" else 1
+        sharing = questions if kept == visual else together
+        own = questions // sharing
+        steps = [self.decode([prompt + n] * rows, [Look(sharing, kept, kept)] * (images * own)) for n in range(1, output)]
+        looks = [Look(together * (prompt - before), visual, kept)] * (rows // together)
         return Stages(
             tower=self.tower(tiles, images, tower_tiles),
             projector=self.projector(tiles, images),
-            cross_kv=self.cross_kv(images * visual, sets * kept),
-            prefill=self.prefill([prompt] * rows, [Look(prompt - before, visual, kept)] * rows),
+            cross_kv=self.cross_kv(images * visual, images * min(own * kept, visual)),
+            prefill=self.prefill([prompt] * rows, looks),
             decode=sum(steps, Cost()),
         )
