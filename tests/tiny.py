@@ -267,6 +267,8 @@ def assert_empty(engine: Engine) -> None:
     assert not engine.waiting
     assert not engine.decode.running
     assert engine.memory.shared == {}
+    # Nobody's images count as held.
+    assert (engine._shown, engine._full_elements) == ({}, 0)
     for memory in memories(engine):
         assert (memory.slots, memory.segment_elements, memory.shared) == (0, 0, {})
         assert memory.free == memory.size

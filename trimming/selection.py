@@ -39,9 +39,14 @@ def top_k(scores: Tensor, budget: Tensor, valid: Tensor) -> Tensor:
     Returns:
         (B, H, N) bool.
     """
-    ranked = scores.masked_fill(~valid[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    chosen = torch.arange(scores.shape[-1], device=scores.device) < budget[:, None, None]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ranked, chosen.expand_as(ranked)) & valid[:, None]
+    ranked = scores.masked_fill(~valid[:, None], -torch.inf)
+    # Only the best are sorted, and without their places, which topk chooses among equals as it likes.
+    best = ranked.topk(max(1, int(budget.max())), dim=-1).values
+    budget = budget[:, None, None]
+    least = best.gather(-1, (budget - 1).clamp(min=0).expand(*best.shape[:2], 1))
+    above, level = ranked > least, ranked == least
+    left = budget - above.sum(-1, keepdim=True)
+    return (above | (level & (level.cumsum(-1) <= left))) & valid[:, None]
 
 
 def at_least_one_per_image(keep: Tensor, scores: Tensor, valid: Tensor, images: int) -> Tensor:

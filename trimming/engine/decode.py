@@ -41,7 +41,7 @@ class _Bundle:
     masks: Sequence[Tensor] = ()
     """Of others: of each layer (S × KV, 1, L) additive, which shuts the padding out."""
     channels: Sequence[Tensor] = ()
-    """Of each layer (S, KV, key_width) long: the channels of the keys, where they don't have all; see ``Sequence_.channels``."""
+    """Of each layer (S, KV, key_width) long: the channels of the keys, where not all are left; see ``Sequence_.channels``."""
 
 
 @dataclass(frozen=True, slots=True)

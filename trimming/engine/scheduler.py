@@ -398,6 +398,9 @@ class Engine:
                 raise NoRoomError
             tokens = self._choose(self.prefill(batch), batch)
             first.extend(tokens.tolist())
+            # Nothing fails any more. Within what is timed: what they hold counts from here on.
+            for sequence in batch:
+                self._enters(sequence)
             return tokens
 
         tokens, failure = self._attempt("prefill", prefill)
@@ -409,7 +412,6 @@ class Engine:
         self._learn(batch, here)
         for sequence in batch:
             self.waiting.remove(sequence)
-            self._enters(sequence)
         self.images.shrink()
         self.decode.add(batch, tokens)
         self.statistics.prefill_tokens += sum(len(s.request.tokens) for s in batch)
