@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 TOWER_IMAGES = 8
 """Images that go through the tower at once, at most."""
-PREFILL_SEQUENCES = 16
+PREFILL_SEQUENCES = GROUP_ROWS
 PREFILL_TOKENS = 8192
 PREFILL_VISUAL_TOKENS = 1 << 16
 """Prompts, their tokens, and the visual tokens of their images, that are prefilled at once, at most: ten images of four tiles,

@@ -70,10 +70,11 @@ class Group:
     """Of several, once they have decided: who is prefilled later, or again, goes by it."""
     cross_need: int | None = None
     """Elements of its segment, once a prefill has found out."""
+    keys: tuple[str, ...] = field(init=False)
+    """The images'."""
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(image.key for image in self.images)
+    def __post_init__(self) -> None:
+        self.keys = tuple(image.key for image in self.images)
 
 
 @dataclass(slots=True, eq=False)
