@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from benchmarks.workloads import Workload
 
 Result = dict[str, Any]
+BY_QUESTION = "by question"
+"""The contender that keeps a set for each question; all others keep one an image."""
 CALIBRATION = "captioning, continuous"
 """The run that the rates are fitted to."""
 GPU_CALIBRATION = "captioning, engine"
@@ -31,10 +33,12 @@ GOAL = 0.25
 """The largest error of a stage."""
 OURS = {
     "captioning": ("continuous", "trimmed", "random", "real"),
-    "questions": ("continuous", "trimmed", "random", "real"),
+    "questions": ("continuous", "trimmed", BY_QUESTION, "random", "real"),
     "four_tiles": ("full", "half"),
 }
 """Contenders of ``cpu.json`` that are the engine with continuous batching."""
+COUNTED = ("decode_steps", "peak_sequences", "peak_cross_kv_megabytes")
+"""Beside the seconds, what the engine counted."""
 GPU_OURS = ("engine", "engine, trimmed", "engine, real tiles")
 
 
@@ -48,7 +52,9 @@ class Run:
     steps: float
     """Decode steps, counted by the engine,"""
     peak: float
-    """and the most sequences that ran."""
+    """the most sequences that ran,"""
+    held: float
+    """and the most bytes that images' keys and values took."""
 
 
 def cpu_runs(measured: Mapping[str, Any]) -> list[Run]:
@@ -69,7 +75,7 @@ def cpu_runs(measured: Mapping[str, Any]) -> list[Run]:
         for each in contenders:
             if each in part["contenders"]:
                 found = part["contenders"][each]
-                runs.append(_run(f"{name}, {each}", costs, load, found, room, conditions["max_sequences"], each == "real"))
+                runs.append(_run(f"{name}, {each}", costs, load, found, room, conditions["max_sequences"]))
     return runs
 
 
@@ -84,10 +90,7 @@ def gpu_runs(measured: Mapping[str, Any]) -> list[Run]:
         return []
     size, costs = _model(conditions["model"], 2)
     load = workloads.captioning(part["images"], conditions["seed"], size)
-    return [
-        _run(f"captioning, {each}", costs, load, contenders[each], float("inf"), part["images"], "real" in each)
-        for each in reached
-    ]
+    return [_run(f"captioning, {each}", costs, load, contenders[each], float("inf"), part["images"]) for each in reached]
 
 
 def result(cpu: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> Result:
@@ -155,7 +158,7 @@ def _model(conditions: Mapping[str, Any], itemsize: int) -> tuple[ModelSize, Cos
     raise ValueError(f"no model of the benchmarks has {conditions['layers']} layers of {conditions['hidden']}")
 
 
-def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room: float, most: int, real_tiles: bool) -> Run:
+def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room: float, most: int) -> Run:
     keep = found["keep_fraction"]
     rows = []
     for row in load.rows:
@@ -164,10 +167,16 @@ def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room
         prompt = len(row.prompt.split()) + 2
         rows.append(Row(row.image, tiles, prompt, row.length, round(keep * tiles * costs.tokens), prompt + row.length))
     engine = Engine(
-        costs=costs, kv_bytes=room, max_sequences=most, shared=keep == 1, tower_tiles="real" if real_tiles else "all"
+        costs=costs,
+        kv_bytes=room,
+        max_sequences=most,
+        kept_sets="question" if BY_QUESTION in name else "image",
+        tower_tiles="real" if "real" in name else "all",
     )
     seconds: dict[Stage, float] = {stage: found[f"{stage}_seconds"] for stage in STAGES}
-    return Run(name, list(engine.calls(rows)), seconds, found["decode_steps"], found["peak_sequences"])
+    return Run(
+        name, list(engine.calls(rows)), seconds, found["decode_steps"], found["peak_sequences"], found["peak_cross_kv_bytes"]
+    )
 
 
 def _beside(run: Run, machine: Machine) -> Result:
@@ -187,6 +196,7 @@ def _beside(run: Run, machine: Machine) -> Result:
         "together": {"measured": measured, "predicted": predicted, "error": predicted / measured - 1},
         "decode_steps": {"measured": run.steps, "predicted": len(steps)},
         "peak_sequences": {"measured": run.peak, "predicted": max(steps)},
+        "peak_cross_kv_megabytes": {"measured": run.held / 1e6, "predicted": max(call.held for call in run.calls) / 1e6},
     }
 
 
@@ -231,16 +241,16 @@ def markdown(found: Result) -> str:
 
 def _predicted(found: Result) -> list[str]:
     lines = [
-        "| run | tower | prefill | decode | all stages | decode steps | sequences, most |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| run | tower | prefill | decode | all stages | decode steps | sequences, most | cross KV held, most, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, one in found["predicted"].items():
         cells = [_cell(one["stages"][stage]) for stage in STAGES] + [_cell(one["together"])]
-        cells += [f"{one[key]['measured']:.0f}, {one[key]['predicted']:.0f}" for key in ("decode_steps", "peak_sequences")]
+        cells += [f"{one[key]['measured']:.0f}, {one[key]['predicted']:.0f}" for key in COUNTED]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     largest = found["largest_error"]
     cells = [f"**{error:.0%}**" for error in (*largest["stages"].values(), largest["together"])]
-    return [*lines, f"| largest error (goal: under {GOAL:.0%}) | {' | '.join(cells)} |  |  |"]
+    return [*lines, f"| largest error (goal: under {GOAL:.0%}) | {' | '.join(cells)} |{'  |' * len(COUNTED)}"]
 
 
 def _cell(one: Result) -> str:

@@ -8,6 +8,7 @@ policies.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.model import find_checkpoint, load_model, load_processor
 from pipeline.pictures import decode
 from pipeline.prompts import Prompter
 from trimming import Policy
+from trimming.engine import Completion, KeptSets
 from trimming.engine.vision import ImageCache, TowerTiles
 
 MAX_NEW_TOKENS = 40
@@ -63,22 +65,32 @@ class Answerer:
         self._tiles: dict[str, Tiles] = {}
         self._encoded: dict[TowerTiles, ImageCache] = {}
 
-    def engine(self, policy: Policy, tower_tiles: TowerTiles = "all") -> Engine:
+    def engine(self, policy: Policy, tower_tiles: TowerTiles = "all", kept_sets: KeptSets = "image") -> Engine:
         """An engine that has what earlier ones of the same ``tower_tiles`` encoded; only one of these may run at once."""
         decoding = Decoding(max_new_tokens=MAX_NEW_TOKENS)
-        engine = Engine(self.model, self.processor, policy, "meta", decoding, LIMITS, tower_tiles)
+        engine = Engine(self.model, self.processor, policy, "meta", decoding, LIMITS, tower_tiles, kept_sets)
         engine.batch.images = self._encoded.setdefault(tower_tiles, engine.batch.images)
         return engine
 
     def answer(self, engine: Engine, rows: Iterable[Row]) -> Iterator[Answered]:
-        """The rows in order, each as soon as it is answered; all of them wait in the engine from the start."""
+        """The rows in order, each as soon as it is answered. All of them wait in the engine from the start, those about one
+        image together."""
         asked = [(row, self._prompt(row)) for row in rows]
-        futures = [engine.submit(prompt) for _, prompt in asked]
-        for (row, prompt), future in zip(asked, futures, strict=True):
-            while not future.done():
+        prompts = [prompt for _, prompt in asked]
+        futures: dict[int, Future[Completion]] = {}
+        for group in engine.groups([prompt.keys for prompt in prompts], [len(prompt.tokens) for prompt in prompts]):
+            futures.update(zip(group, engine.submit_together([prompts[place] for place in group]), strict=True))
+        for place, (row, prompt) in enumerate(asked):
+            while not futures[place].done():
                 engine.batch.step()
-            said = engine.answer(len(prompt.tokens), future.result())
+            said = engine.answer(len(prompt.tokens), futures[place].result())
             yield Answered(row, said, len(prompt.images[0].pixels))
+
+    def encode(self, engine: Engine, rows: Iterable[Row]) -> None:
+        """Sends each image of ``rows`` that this Answerer has not encoded yet through the tower, by answering one row about
+        every image; then ``engine`` takes no time for images, whichever policy comes first."""
+        for _ in self.answer(engine, {row.path: row for row in rows}.values()):
+            pass
 
     def _prompt(self, row: Row) -> Prompt:
         key = digest(row.image)

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"demo.run: jobs.answer ended with {code}", file=sys.stderr)
             return code
     seconds = time.monotonic() - began
-    runs = [Run(name, options.output / name) for name in POLICIES]
-    print(f"\n{report(runs)}\n\nBoth runs: {seconds:.0f} s. One parquet row a question in")
+    runs = [Run(options.output / name) for name in POLICIES]
+    print(f"\n{report(*runs)}\n\nBoth runs: {seconds:.0f} s. One parquet row a question in")
     for run in runs:
         print(f"  {run.folder}")
     return 0
@@ -69,7 +68,6 @@ def answer(shards: Path, output: Path, model: Path, flags: Sequence[str]) -> int
 class Run:
     """One finished run, or the part of its rows in ``table``."""
 
-    name: str
     folder: Path
     table: pa.Table = field(default=None)
     summary: dict[str, Any] = field(init=False)
@@ -81,7 +79,7 @@ class Run:
 
     def part(self, prefix: str) -> Run:
         """The rows whose id begins with ``prefix``."""
-        return Run(self.name, self.folder, self.table.filter(pc.starts_with(self.table["id"], prefix)))
+        return Run(self.folder, self.table.filter(pc.starts_with(self.table["id"], prefix)))
 
     def accuracy(self, kind: str | None = None) -> float:
         """Share of rows (of one kind) whose text is the answer; a failed row is a wrong one."""
@@ -89,77 +87,89 @@ class Run:
         right = pc.fill_null(pc.equal(table["text"], table["answer"]), False)
         return pc.mean(right).as_py() or 0.0
 
-    def total(self, column: str) -> int:
-        return pc.sum(self.table[column]).as_py() or 0
+    def stages(self, *names: str) -> float:
+        """Seconds of the device in these stages; one that nothing went through is not in the summary."""
+        return sum(self.summary["seconds_per_stage"].get(name, 0.0) for name in names)
+
+    @property
+    def images_per_second(self) -> float:
+        """Per actor, once its model is loaded."""
+        return self.summary["images"] / self.summary["actor_seconds"]
 
 
-Lines = list[tuple[str, Callable[[Run], str]]]
-
-
-def report(runs: Sequence[Run]) -> str:
-    """One column a run: a block for each data set, and what only the whole run has."""
-    lines = [columns("", [run.name for run in runs]), columns("policy", [policy_title(run.name) for run in runs])]
+def report(full: Run, trimmed: Run) -> str:
+    """Both runs side by side: how each data set was answered, then what the machine held and how long it took for both, with
+    trimmed as a multiple of full, and in what trimmed is the better one."""
+    lines = [columns("", "full", "trimmed", "trimmed / full"), columns("policy", "none", f"K = {K_RATIO}")]
     for prefix, title in SETS.items():
-        parts = [run.part(prefix) for run in runs]
+        parts = full.part(prefix), trimmed.part(prefix)
         if len(parts[0].table):
-            lines += ["", title]
-            lines += [columns(f"  {name}", [value(part) for part in parts]) for name, value in set_lines(parts[0])]
-    lines += ["", columns("images a second", [images_per_second(run) for run in runs])]
-    return "\n".join(lines + [columns(name, [value(run) for run in runs]) for name, value in ENGINE_LINES])
+            lines += ["", title, *set_lines(*parts)]
+    lines += ["", "both sets, in the machine"]
+    for name, (value, shown) in MACHINE_LINES.items():
+        before, after = value(full), value(trimmed)
+        lines.append(columns(f"  {name}", shown.format(before), shown.format(after), f"{ratio(after, before):.2f} ×"))
+    return "\n".join([*lines, "", *verdict(full, trimmed)])
 
 
-def set_lines(run: Run) -> Lines:
-    """What is said of a data set: a name, and how to read it from a run."""
-    lines: Lines = [
-        ("rows", lambda run: f"{len(run.table):,}"),
-        ("errors", lambda run: f"{len(run.table) - run.table['error'].null_count:,}"),
-        ("right answers", lambda run: f"{run.accuracy():.1%}"),
+def set_lines(full: Run, trimmed: Run) -> list[str]:
+    """How the rows of a data set were answered."""
+    runs = full, trimmed
+    lines = [
+        columns("  rows", *(f"{len(run.table):,}" for run in runs)),
+        columns("  errors", *(f"{len(run.table) - run.table['error'].null_count:,}" for run in runs)),
     ]
-    for kind in sorted(pc.unique(run.table["kind"]).to_pylist()):
-        lines.append((f"  {kind}{', exact' if kind == 'caption' else ''}", partial(accuracy_of_kind, kind)))
-    return [
-        *lines,
-        ("features kept, mean", lambda run: f"{pc.mean(run.table['keep_fraction']).as_py() or 0:.1%}"),
-        ("cross-attention KV", lambda run: f"{run.total('cross_kv_bytes') / 1e6:,.1f} MB"),
-        ("  saved", lambda run: f"{1 - run.total('cross_kv_bytes') / max(1, run.total('cross_kv_bytes_full')):.1%}"),
+    for kind in [None, *sorted(pc.unique(full.table["kind"]).to_pylist())]:
+        name = "  right answers" if kind is None else f"    {kind}{', exact' if kind == 'caption' else ''}"
+        before, after = (run.accuracy(kind) for run in runs)
+        lines.append(columns(name, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"))
+    kept = (f"{pc.mean(run.table['keep_fraction']).as_py() or 0:.1%}" for run in runs)
+    return [*lines, columns("  features kept, mean", *kept)]
+
+
+MACHINE_LINES: dict[str, tuple[Callable[[Run], float], str]] = {
+    "peak cross KV held": (lambda run: run.summary["peak_cross_kv_bytes"] / 1e6, "{:,.1f} MB"),
+    "byte-seconds held": (lambda run: run.summary["cross_kv_byte_seconds"] / 1e6, "{:,.1f} MB·s"),
+    "bytes read in decoding": (lambda run: run.summary["cross_kv_bytes_read"] / 1e6, "{:,.1f} MB"),
+    "seconds in the tower": (lambda run: run.stages("tower"), "{:.1f}"),
+    "  in prefill": (lambda run: run.stages("prefill"), "{:.1f}"),
+    "  in decoding": (lambda run: run.stages("decode"), "{:.1f}"),
+    "  in both of these": (lambda run: run.stages("prefill", "decode"), "{:.1f}"),
+    "images a second": (lambda run: run.images_per_second, "{:.1f}"),
+    "rows at once, most": (lambda run: run.summary["peak_sequences"], "{:,}"),
+}
+"""What is said of both sets: the value, and how it is written. Held bytes are counted once however many rows share them."""
+
+
+def verdict(full: Run, trimmed: Run) -> list[str]:
+    """In which of held bytes, seconds and images a second trimmed is the better one, and why it is not in the others."""
+    peak, held = (ratio(trimmed.summary[key], full.summary[key]) for key in ("peak_cross_kv_bytes", "cross_kv_byte_seconds"))
+    prefill, decoding = (ratio(trimmed.stages(name), full.stages(name)) for name in ("prefill", "decode"))
+    spent = full.stages("prefill", "decode")
+    both, images = ratio(trimmed.stages("prefill", "decode"), spent), ratio(trimmed.images_per_second, full.images_per_second)
+    rows, more = full.summary["peak_sequences"], trimmed.summary["peak_sequences"]
+    sharing = f"it had {more:,} rows at once, not {rows:,}" if more > rows else "its rows share less of what they keep"
+    part = f"prefill and decoding are {spent:.1f} of {full.summary['actor_seconds']:.1f} s, and trimming changes nothing else"
+    claims = [
+        (f"held bytes (peak {peak:.2f} ×, byte-seconds {held:.2f} ×)", max(peak, held) < 1, sharing),
+        (
+            f"seconds (prefill and decoding, {both:.2f} ×)",
+            both < 1,
+            f"prefill takes {prefill:.2f} ×, decoding {decoding:.2f} ×",
+        ),
+        (f"images a second ({images:.2f} ×)", images > 1, part),
     ]
+    gains = ", ".join(claim for claim, better, _ in claims if better) or "nothing"
+    return [f"Trimmed is better in {gains}.", *(f"It is not in {claim}: {why}." for claim, better, why in claims if not better)]
 
 
-def accuracy_of_kind(kind: str, run: Run) -> str:
-    return f"{run.accuracy(kind):.1%}"
+def ratio(value: float, base: float) -> float:
+    """1 where there is nothing to be a multiple of."""
+    return value / base if base else 1.0
 
 
-def images_per_second(run: Run) -> str:
-    """Of the start that finished the run; none if an earlier start had done part of the work."""
-    whole = run.summary["rows_this_start"] == run.summary["rows"]
-    return f"{run.summary['images'] / run.summary['seconds_working']:.0f}" if whole else "-"
-
-
-def counted(name: str, run: Run) -> str:
-    return f"{run.summary[name]:,}"
-
-
-def stage_seconds(stage: str, run: Run) -> str:
-    return f"{run.summary['seconds_per_stage'].get(stage, 0):.1f}"
-
-
-ENGINE_LINES: Lines = [
-    ("  encoded", partial(counted, "images_encoded")),
-    ("  shared with another row", partial(counted, "image_hits")),
-    ("rows at once, most", partial(counted, "peak_sequences")),
-    ("seconds in the tower", partial(stage_seconds, "tower")),
-    ("  in prefill", partial(stage_seconds, "prefill")),
-    ("  in decoding", partial(stage_seconds, "decode")),
-]
-"""What the engine did, over the whole run."""
-
-
-def policy_title(name: str) -> str:
-    return {"full": "none", "trimmed": f"K = {K_RATIO}"}[name]
-
-
-def columns(name: str, values: Sequence[str]) -> str:
-    return f"{name:26}" + "".join(f"{value:>12}" for value in values)
+def columns(name: str, *values: str) -> str:
+    return (f"{name:26}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 16), strict=False))).rstrip()
 
 
 if __name__ == "__main__":

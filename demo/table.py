@@ -1,9 +1,10 @@
-"""Measure accuracy by kind of question, full and trimmed: ``python -m demo.table --output demo/results``.
+"""Measure accuracy and held cache, full and trimmed: ``python -m demo.table --output demo/results``.
 
 Over easy-VQA's whole test split and held-out scenes: the full model; the full model with padding tiles left out of its vision
-tower; ``TrimmedLlama`` at K = 0.25, 0.15 and 0.05; and beside each of these ``Random`` and ``Grid`` at the mean kept fraction
-that TrimmedLlama was just measured to have on that data set. All of it goes through the engine that the jobs run. Writes
-``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at the end.
+tower; ``TrimmedLlama`` at five K, with one kept set an image and with one a question; and at three of these K ``Random`` and
+``Grid`` at the mean kept fraction that TrimmedLlama by image was just measured to have on that data set. All of it goes
+through the engine that the jobs run. Writes ``accuracy.json`` after every configuration and continues from it, and
+``accuracy.md`` at the end.
 """
 
 from __future__ import annotations
@@ -16,29 +17,38 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from benchmarks.conditions import commit, processor
 from demo import scenes, shards
+from jobs.comparison.bootstrap import Clusters, score
 
 if TYPE_CHECKING:
     from demo.answerer import Answerer
     from pipeline.engine import Engine
     from trimming import Policy
+    from trimming.engine import KeptSets
     from trimming.engine.vision import TowerTiles
 
 ROOT = Path(__file__).resolve().parent.parent
-K_RATIOS = (0.25, 0.15, 0.05)
+K_RATIOS = (0.4, 0.25, 0.15, 0.1, 0.05)
+CONTROLLED = (0.25, 0.15, 0.05)
+"""The K with controls, which are shown by kind of question."""
 WEAK = 0.80
 """A kind answered less often than this is named."""
 PROGRESS_ROWS = 64
 ELSEWHERE = {Path("engine/cuda.py"), Path("engine/triton_attention.py")}
 """Modules of ``trimming`` that only a GPU runs."""
+WITHOUT_CONTROLS = {f"{name} {k}" for name in ("trimmed-llama", "by-question") for k in K_RATIOS if k not in CONTROLLED}
+"""Configurations that only the tables of kept sets show."""
 
 Result = dict[str, Any]
 Counts = defaultdict[str, dict[str, int]]
+SCORE = ("value", "low", "high")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,8 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = report["results"].setdefault(name, {})
         for label in labels():
             if label not in results:
-                engine = answerer.engine(policy_of(label, results), tower_tiles_of(label))
+                engine = answerer.engine(policy_of(label, results), tower_tiles_of(label), kept_sets_of(label))
                 results[label] = measure(answerer, engine, rows, f"{name}, {label}")
+                results[label]["lost"] = lost(rows, results["full"], results[label])
                 write(file, json.dumps(report, indent=1) + "\n")
     write(options.output / "accuracy.md", markdown(report))
     print(markdown(report))
@@ -83,11 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def labels() -> Iterator[str]:
-    """The columns: everything kept, exactly and by the tower's approximation; for each K the method and its controls, named
-    after the K whose kept fraction they match."""
+    """What is measured: everything kept, exactly and by the tower's approximation; for each K the method with one kept set an
+    image and with one a question, and the controls, named after the K whose kept fraction they match."""
     yield from ("full", "real-tiles")
     for k in K_RATIOS:
-        yield from (f"trimmed-llama {k}", f"random {k}", f"grid {k}")
+        yield from (f"trimmed-llama {k}", f"by-question {k}")
+        if k in CONTROLLED:
+            yield from (f"random {k}", f"grid {k}")
 
 
 def policy_of(label: str, results: dict[str, Result]) -> Policy:
@@ -97,7 +110,7 @@ def policy_of(label: str, results: dict[str, Result]) -> Policy:
     name, _, k = label.partition(" ")
     if name in ("full", "real-tiles"):
         return KeepAll()
-    if name == "trimmed-llama":
+    if name in ("trimmed-llama", "by-question"):
         return TrimmedLlama(k_ratio=float(k))
     keep = results[f"trimmed-llama {k}"]["keep_fraction"]
     return Random(keep=keep) if name == "random" else Grid(keep=keep)
@@ -107,36 +120,61 @@ def tower_tiles_of(label: str) -> TowerTiles:
     return "real" if label == "real-tiles" else "all"
 
 
+def kept_sets_of(label: str) -> KeptSets:
+    return "question" if label.startswith("by-question") else "image"
+
+
 def measure(answerer: Answerer, engine: Engine, rows: list[shards.Row], title: str) -> Result:
-    """Answer all ``rows``; counts by kind and by the image's tiles, the mean kept fraction over rows, summed cache bytes."""
+    """Answer all ``rows``: counts by kind and by the image's tiles, the mean kept fraction over rows, what the engine held of
+    images' keys and values, and its seconds, those of images apart."""
+    answerer.encode(engine, rows)
+    images, tower_seconds = engine.batch.statistics.images_encoded, engine.batch.seconds["tower"]
+    engine.batch.reset_statistics()
     kinds: Counts = defaultdict(lambda: {"rows": 0, "right": 0})
     tiles: Counts = defaultdict(lambda: {"rows": 0, "right": 0})
-    kept, bytes_full, bytes_kept, began = 0.0, 0, 0, time.monotonic()
+    right, kept, began = [], 0.0, time.monotonic()
     for done, answered in enumerate(answerer.answer(engine, rows), 1):
         for counts in (kinds[answered.row.kind], tiles[str(answered.tiles)]):
             counts["rows"] += 1
             counts["right"] += answered.right
+        right.append(answered.right)
         kept += answered.said.keep_fraction or 0.0
-        bytes_full += answered.said.cross_kv_bytes_full
-        bytes_kept += answered.said.cross_kv_bytes
         if done % PROGRESS_ROWS == 0:
             print(f"\r{title}: {done:,} of {len(rows):,}", end="", file=sys.stderr, flush=True)
     seconds = time.monotonic() - began
-    accuracy = sum(counts["right"] for counts in kinds.values()) / len(rows)
+    accuracy = sum(right) / len(rows)
     print(f"\r{title}: {accuracy:.1%} right, {kept / len(rows):.1%} kept, {seconds:.0f} s", file=sys.stderr)
+    statistics = engine.batch.statistics
     return {
         "policy": repr(engine.batch.policy),
+        "kept_sets": engine.batch.kept_sets,
         "rows": len(rows),
         "accuracy": round(accuracy, 4),
         "keep_fraction": round(kept / len(rows), 4),
-        "cross_kv_bytes_full": bytes_full,
-        "cross_kv_bytes": bytes_kept,
+        "peak_cross_kv_bytes": statistics.peak_cross_kv_bytes,
+        "cross_kv_byte_seconds": round(statistics.cross_kv_byte_seconds),
+        "cross_kv_bytes_read": statistics.cross_kv_bytes_read,
+        "prefill_seconds": round(engine.batch.seconds["prefill"], 2),
+        "decode_seconds": round(engine.batch.seconds["decode"], 2),
+        "seconds": round(seconds, 1),
+        "images_encoded": images,
+        "tower_seconds": round(tower_seconds, 1),
         "kinds": dict(sorted(kinds.items())),
         "tiles": dict(sorted(tiles.items())),
-        "seconds": round(seconds, 1),
-        "images_encoded": engine.batch.statistics.images_encoded,
-        "tower_seconds": round(engine.batch.seconds["tower"], 1),
+        "right": np.packbits(right).tobytes().hex(),
     }
+
+
+def lost(rows: Sequence[shards.Row], full: Result, result: Result) -> Result:
+    """The share of right answers that ``result`` lacks and ``full`` has, with its paired 95 % interval over images."""
+    before, after = (each_right(one).astype(np.float64) for one in (full, result))
+    found = score(Clusters.of(np.array([row.path for row in rows]), before - after))
+    return {name: getattr(found, name) and round(getattr(found, name), 5) for name in SCORE}
+
+
+def each_right(result: Result) -> np.ndarray:
+    """(rows,) of 0 and 1: whether each row's answer is right."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8), count=result["rows"])
 
 
 def identity(model: Path, rows: dict[str, int]) -> Result:
@@ -199,41 +237,88 @@ def markdown(report: Result) -> str:
     """Tables, the kinds that fall short, and the conditions."""
     lines = ["Share of answers that are right as a whole, in %, by kind of question; captions must be exact."]
     for name, results in report["results"].items():
-        full = results["full"]
-        lines += ["", f"**{name}**, {full['rows']:,} questions", ""]
-        heads = ["question", "rows", "full"]
-        for label in list(results)[1:]:
-            policy, _, k = label.partition(" ")
-            heads.append(f"K = {k}" if policy == "trimmed-llama" else policy.replace("-", " "))
-        lines += [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
-        for kind, counts in full["kinds"].items():
-            lines.append(row([kind, f"{counts['rows']:,}", *(percent(share(result, kind)) for result in results.values())]))
-        if "caption" in full["kinds"]:
-            asked = full["rows"] - full["kinds"]["caption"]["rows"]
-            lines.append(row(["all but captions", f"{asked:,}", *(percent(without_captions(r)) for r in results.values())]))
-        if len(full["tiles"]) > 1:
-            for tiles, counts in full["tiles"].items():
-                shares = (percent(share(result, tiles, "tiles")) for result in results.values())
-                lines.append(row([f"on images of {count(tiles, 'tile')}", f"{counts['rows']:,}", *shares]))
-        lines.append(row(["**all**", f"{full['rows']:,}", *(f"**{percent(r['accuracy'])}**" for r in results.values())]))
-        lines.append(row(["features kept", "", *(percent(result["keep_fraction"]) for result in results.values())]))
-        saved = (1 - result["cross_kv_bytes"] / result["cross_kv_bytes_full"] for result in results.values())
-        lines.append(row(["cross-attention KV saved", "", *map(percent, saved)]))
+        shown = {label: results[label] for label in results if label not in WITHOUT_CONTROLS}
+        lines += ["", f"**{name}**, {results['full']['rows']:,} questions", "", *accuracy_table(shown)]
         lines += ["", f"Kinds under {WEAK:.0%}:", ""]
-        for label, result in results.items():
+        for label, result in shown.items():
             weak = [f"{kind} {percent(share(result, kind))}" for kind in result["kinds"] if share(result, kind) < WEAK]
             lines.append(f"- {label}: {', '.join(weak) or 'none'}")
+        lines += ["", f"One kept set an image and one a question on {name}, from the highest peak held to the lowest:", ""]
+        lines += kept_sets_table(results)
     listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
     lines += [
+        "",
+        "K: trimmed-llama with one kept set for all questions about an image. by question: the same K with a kept set for each "
+        "question. random and grid: at the kept fraction measured for the K on their left.",
+        "",
+        "lost: percentage points below full on the same rows, with a 95 % interval (bootstrap over images).",
+        "",
+        "held: cross-attention keys and values in the engine's memory, what rows share counted once: most at once, and bytes "
+        "times the seconds of prefill and decoding that they were held for. Images were encoded beforehand. × is a multiple of "
+        "full's.",
         "",
         "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
         f"them; an image of four tiles has none. {' '.join(map(tower, report['results'], report['results'].values()))}",
         "",
-        "random and grid: at the kept fraction measured for the K on their left.",
-        "",
         f"Conditions: {listed}; model {report['measured']['model_sha256'][:12]}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def accuracy_table(results: dict[str, Result]) -> list[str]:
+    """By kind of question; a column for each of ``results``, of which the first is full."""
+    full = results["full"]
+    heads = ["question", "rows", *map(heading, results)]
+    lines = [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
+    for kind, counts in full["kinds"].items():
+        lines.append(row([kind, f"{counts['rows']:,}", *(percent(share(result, kind)) for result in results.values())]))
+    if "caption" in full["kinds"]:
+        asked = full["rows"] - full["kinds"]["caption"]["rows"]
+        lines.append(row(["all but captions", f"{asked:,}", *(percent(without_captions(r)) for r in results.values())]))
+    if len(full["tiles"]) > 1:
+        for tiles, counts in full["tiles"].items():
+            shares = (percent(share(result, tiles, "tiles")) for result in results.values())
+            lines.append(row([f"on images of {count(tiles, 'tile')}", f"{counts['rows']:,}", *shares]))
+    lines.append(row(["**all**", f"{full['rows']:,}", *(f"**{percent(r['accuracy'])}**" for r in results.values())]))
+    lines.append(row(["lost", "", "", *(interval(r["lost"]) for label, r in results.items() if label != "full")]))
+    lines.append(row(["features kept", "", *(percent(result["keep_fraction"]) for result in results.values())]))
+    return lines + [row([title, "", *(times(of(r), of(full)) for r in results.values())]) for title, of in COSTS.items()]
+
+
+def kept_sets_table(results: dict[str, Result]) -> list[str]:
+    """Trimmed-llama at every K with both kinds of kept sets, a line each, from the highest peak to the lowest."""
+    heads = ["K", "a kept set for each", "right", "lost", "features kept", *COSTS]
+    lines = [row(heads), row(["---:", "---", *["---:"] * (len(heads) - 2)])]
+    found = {label: r for label, r in results.items() if label.startswith(("trimmed-llama", "by-question"))}
+    for label, result in sorted(found.items(), key=lambda item: -item[1]["peak_cross_kv_bytes"]):
+        cells = [percent(result["accuracy"]), interval(result["lost"]), percent(result["keep_fraction"])]
+        costs = [times(of(result), of(results["full"])) for of in COSTS.values()]
+        lines.append(row([label.split()[1], result["kept_sets"], *cells, *costs]))
+    return lines
+
+
+COSTS: dict[str, Callable[[Result], float]] = {
+    "peak held": lambda result: result["peak_cross_kv_bytes"],
+    "byte-seconds held": lambda result: result["cross_kv_byte_seconds"],
+    "bytes read in decoding": lambda result: result["cross_kv_bytes_read"],
+    "seconds, prefill and decode": lambda result: result["prefill_seconds"] + result["decode_seconds"],
+}
+"""What is shown as a multiple of the full model's."""
+
+
+def heading(label: str) -> str:
+    name, _, k = label.partition(" ")
+    return f"K = {k}" if name == "trimmed-llama" else name.replace("-", " ")
+
+
+def interval(lost: Result) -> str:
+    """A loss in percentage points and its interval, where there are images enough for one."""
+    value, *ends = (lost[name] if lost[name] is None else f"{round(100 * lost[name], 1) + 0:.1f}" for name in SCORE)
+    return f"{value} ({' to '.join(ends)})" if None not in ends else f"{value}"
+
+
+def times(value: float, base: float) -> str:
+    return f"{value / base:.2f} ×" if base else "-"
 
 
 def tower(name: str, results: dict[str, Result]) -> str:

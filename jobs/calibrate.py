@@ -15,7 +15,9 @@ from jobs import options
 from pipeline.config import Job, RunConfig
 
 if TYPE_CHECKING:
+    from jobs.calibration.sample import Range
     from pipeline.storage import Storage
+    from pipeline.units import Unit
 
 NOTHING_HOLDS = 4
 CONFIGURATION, RESULT, PAGE, CURVE = "config.yaml", "calibration.json", "calibration.md", "curve.svg"
@@ -39,7 +41,12 @@ def parser() -> ArgumentParser:
         help="agreement: equal texts, token-level edit similarity, or chrF, which suit captions",
     )
     made.add_argument("--confidence", type=float, default=0.95, help="with which the bound, not the measured value, is to hold")
-    made.add_argument("--sample", type=int, default=500, help="rows to try, drawn from all over the input")
+    made.add_argument(
+        "--sample",
+        type=int,
+        default=500,
+        help="rows to try, drawn from all over the input; with --kept-sets image about so many, of images with all their rows",
+    )
     made.add_argument("--k-ratios", type=list[float], default=K_RATIOS, help="values of K to try")
     return made
 
@@ -59,20 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.refuse(made, error)
 
     from jobs.calibration import page, run
+    from jobs.calibration.bound import effective_size
     from jobs.report import cause, count, heading, skipped
 
     say = partial(print, file=sys.stderr, flush=True)
     try:
         _check_installed()
-        _check_sample(config, sample)
-        found = run.plans(config, k_ratios, sample, config.seed, say)
+        drawn = _drawn_before(config, sample)
+        found = run.plans(config, k_ratios, sample, drawn, say)
     except KeyboardInterrupt:
         return options.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever a store or the Hub answers: nothing has been started or written
         return options.refuse(made, error)
     first = found[run.ALL]
     asked = run.Target(**target)
-    small = page.too_small(asked, first.rows, first.rows)
+    small = page.too_small(asked, first.rows, effective_size([unit.rows for unit in first.units]))
     # What has been answered, for another target, can be looked at again.
     if small is not None and (dry_run or not all(plan.finished for plan in found.values())):
         print(f"{made.prog}: {small}", file=sys.stderr)
@@ -86,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if small is None:
-            run.execute(found, asked, say, begin=partial(_note_sample, config, sample))
+            run.execute(found, asked, say, begin=partial(_note_sample, config, sample, first.units))
         calibration = run.read(found, k_ratios, asked)
         _write(config, calibration, first)
     except (cluster.TooSmallError, cluster.UnusableError, record.RefusalError) as error:
@@ -144,8 +152,9 @@ def _output(config: RunConfig) -> Storage:
     return Storage(config.output, config.storage_options)
 
 
-def _check_sample(config: RunConfig, sample: int) -> None:
-    """Raises ``ValueError`` where the output folder holds a calibration on another sample."""
+def _drawn_before(config: RunConfig, sample: int) -> list[Range] | None:
+    """The sample where an earlier start has drawn it. Raises ``ValueError`` where the output folder holds another one, or
+    something else."""
     output = _output(config)
     try:
         there = json.loads(output.read(SAMPLE))
@@ -154,21 +163,27 @@ def _check_sample(config: RunConfig, sample: int) -> None:
             raise ValueError(
                 f"output={config.output!r} holds files of something else ({foreign[0]}); choose another folder"
             ) from None
-        return
+        return None
+    drawn = there.pop("drawn", None)
     if there != (here := {"sample": sample, "seed": config.seed}):
         raise ValueError(f"output={config.output!r} holds a calibration with {there}, not {here}; choose another folder")
+    return None if drawn is None else [(shard, start, stop) for shard, start, stop in drawn]
 
 
-def _note_sample(config: RunConfig, sample: int) -> None:
+def _note_sample(config: RunConfig, sample: int, units: Sequence[Unit]) -> None:
     from pipeline import record
 
-    said = json.dumps({"sample": sample, "seed": config.seed}).encode()
+    drawn = [(unit.shard, unit.start, unit.stop) for unit in units]
+    said = json.dumps({"sample": sample, "seed": config.seed, "drawn": drawn}).encode()
     _output(config).write(SAMPLE, said, temporary=record.UNFINISHED.format(part=""))
 
 
 def _conditions(config: RunConfig, plan: Any) -> dict[str, str]:
+    whole = config.kept_sets == "image"
+    images = f", of {len(plan.units):,} images with all their rows" if whole else ""
     return {
-        "Sample": f"{plan.rows:,} rows of `{config.input}`, drawn with seed {config.seed}",
+        "Sample": f"{plan.rows:,} rows of `{config.input}`{images}, drawn with seed {config.seed}",
+        "Kept sets": "one for all questions about an image" if whole else "one for each question",
         "Model": f"`{config.model}` ({plan.checkpoint.identity})",
         "Answers": f"{config.prompt!r}" if config.prompt else f"the questions in `{config.question_column}`",
     }

@@ -32,6 +32,11 @@ def parser() -> ArgumentParser:
     add("--price", type=float | None, help="dollars an hour for each GPU; default: none, and then no dollars")
     add("--k-ratio", type=float | None, help="Trimmed-Llama's K; default: the run's of --from, else 0.25")
     add("--keep", type=float | None, help="the kept fraction itself, instead of K")
+    add(
+        "--kept-sets",
+        type=Literal["image", "question"] | None,
+        help="who decides what is kept: all questions about an image together, or each for itself; default: image",
+    )
     add("--questions", type=float | None, help="rows about each image; default: 1")
     add(
         "--tiles",
@@ -45,7 +50,12 @@ def parser() -> ArgumentParser:
     add("--max-new-tokens", type=int | None, help="longest answer, which memory is reserved for; default: twice the mean")
     add("--batch-size", type=int | None, help="rows that decode at once, at most; default: 256")
     add("--kv-gib", type=float | None, help="memory for keys and values, in GiB; default: what the weights leave")
-    add("--image-cache-gib", type=float, default=1.0, help="memory for encoded images, in GiB; 0 encodes an image for each row")
+    add(
+        "--image-cache-gib",
+        type=float,
+        default=1.0,
+        help="memory for encoded images, in GiB; 0 encodes an image anew for each kept set",
+    )
     add(
         "--from",
         type=str | None,

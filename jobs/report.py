@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pipeline import errors
 from pipeline.listing import describe
-from pipeline.plan import Plan
 from pipeline.units import bytes_fetched
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
 
 # The line of a traceback that names the exception.
 _NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception): ")
+UNKNOWN = "unknown: units of an older version did not count it"
+HOLDS_MORE = "held {times} what all features would have (by formula): rows about one image kept sets of their own (--kept-sets)"
+"""The warning on a trimmed run that keeps less of each row's features and more in memory."""
+STAGES = ("tower", "prefill", "decode")
+"""What the device does, one after another."""
 KINDS = 3
 """Kinds of errors that a summary names."""
 MUCH = 1 << 30
 """Bytes read in vain from which on it is worth a word."""
+MORE = 1.02
+"""Ratio from which on a run is said to hold more than another; what is below is the rounding of what is allocated."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -98,20 +108,20 @@ def example_prompt(plan: Plan) -> str:
 
 def table(summary: dict[str, Any], output: str) -> str:
     """The summary in a few lines."""
-    rows, seconds = summary["rows"], summary["seconds"]
+    seconds, working, actors = summary["seconds"], summary["seconds_working"], summary.get("actor_seconds")
     full, kept = summary["cross_kv_bytes_full"], summary["cross_kv_bytes"]
     fraction = summary["mean_keep_fraction"]
-    working, actors = summary["seconds_working"], summary.get("actor_seconds")
     lines = [
-        ("rows", f"{rows:,}"),
+        ("rows", f"{summary['rows']:,}"),
         ("errors", f"{summary['errors']:,}"),
         *((f"  {found['rows']:,}", said) for found, said in _kinds(summary)),
+        *_held(summary),
+        ("seconds by stage", ", ".join(f"{summary['seconds_per_stage'].get(stage, 0):.1f} {stage}" for stage in STAGES)),
         ("seconds", f"{seconds:.1f}, {working:.1f} of them with the cluster up"),
         # Over all starts of the run, unlike the seconds.
         ("images/s per actor", f"{summary['images'] / actors:.1f}, once its model is loaded" if actors else "-"),
         ("mean kept fraction", "-" if fraction is None else f"{fraction:.3f}"),
-        ("cross KV", f"{size(kept)} of {size(full)}"),
-        ("KV saved", f"{size(full - kept)} ({(1 - kept / full) if full else 0:.1%})"),
+        ("rows' own caches", f"{size(kept)}, with all features {size(full)}, as if no rows shared one"),
     ]
     if summary["accuracy"] is not None:
         lines.append(("accuracy", f"{summary['accuracy']:.1%} of {summary['judged']:,}"))
@@ -120,6 +130,29 @@ def table(summary: dict[str, Any], output: str) -> str:
     lines.append(("device", f"{summary['device']}, {summary['dtype']}"))
     lines.append(("output", output))
     return "\n".join(f"{name:<20}{value}" for name, value in lines)
+
+
+def _held(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the machine held of images' keys and values, what rows share counted once, and a warning where that is more than
+    all features would have taken."""
+    peak, read = summary["peak_cross_kv_bytes"], summary.get("cross_kv_bytes_read")
+    held, ratio = summary.get("cross_kv_byte_seconds"), held_of_full(summary)
+    beside = "" if ratio is None else f", {ratio:.2f} × what all features would have held meanwhile (by formula)"
+    lines = [
+        ("peak cross KV held", f"{size(peak)}, the most of one actor"),
+        ("cross KV held", UNKNOWN if held is None else f"{size(held)}·s{beside}"),
+        ("cross KV read", UNKNOWN if read is None else f"{size(read)} in decoding"),
+    ]
+    if ratio is not None and ratio > MORE:
+        lines.append(("WARNING", HOLDS_MORE.format(times=f"{ratio:.2f} ×")))
+    return lines
+
+
+def held_of_full(stats: Mapping[str, Any]) -> float | None:
+    """Byte-seconds of cross KV that were held, over those that the running rows' images would have taken with all features
+    kept, one set an image; None where a unit did not count them, and without images. The one is counted, the other computed."""
+    held, full = stats.get("cross_kv_byte_seconds"), stats.get("cross_kv_byte_seconds_full")
+    return held / full if held is not None and full else None
 
 
 def too_many_errors(summary: dict[str, Any], most: float) -> str:

@@ -44,7 +44,10 @@ Seconds = defaultdict[str, float]
 DECODERS = 4
 """Threads that decode images, at most; never more than the machine's cores."""
 AHEAD = 64
-"""Rows that are decoded or wait for the engine, beyond those it runs: enough to fill it, few enough for their tiles' memory."""
+"""Rows that are decoded or wait for the engine, beyond those it runs: enough to fill it and for any group
+(``trimming.engine.request.GROUP_ROWS``), few enough for their tiles' memory."""
+DECODED_AHEAD = 16
+"""Groups of rows whose images are decoded before the engine takes them."""
 REPORT_ROWS = 32
 
 
@@ -84,7 +87,7 @@ class Answerer:
         began = time.perf_counter()
         cores = _cores()
         self.decoders = _Decoders(min(DECODERS, cores))
-        self.ahead = threading.BoundedSemaphore(self.config.batch_size + AHEAD)
+        self.room = _Room(self.config.batch_size + AHEAD)
         self.accounted: dict[str, float] = {}
         self.device = _Device()
         try:
@@ -114,7 +117,7 @@ class Answerer:
             with self.turns.alone() if trial.careful else self.turns.together():
                 rows = self._unpack(packed)
                 if trial.careful:
-                    self._answer_singly(rows, name, trial, seconds)
+                    self._answer_carefully(rows, name, trial, seconds)
                 else:
                     self._answer_all(rows, seconds)
         except Exception as error:
@@ -161,8 +164,20 @@ class Answerer:
             rows.append(row)
         return rows
 
-    def _examine(self, row: Row) -> None:
-        """Sets the row's prompt, or its error."""
+    def _examine(self, rows: Sequence[Row], seconds: Seconds, before: Callable[[int], object] = lambda place: None) -> None:
+        """Sets the prompt, or the error, of each row that has no error yet; ``before`` is told each one's place first."""
+        began = time.perf_counter()
+        for place, row in enumerate(rows):
+            if row.error is not None:
+                continue
+            before(place)
+            try:
+                self._set_prompt(row)
+            except Exception as error:  # noqa: BLE001 - the row's boundary
+                row.fail(error)
+        seconds["examine"] += time.perf_counter() - began
+
+    def _set_prompt(self, row: Row) -> None:
         asked = self.config.prompt if self.config.prompt is not None else row.question
         if asked is None or not asked.strip():
             row.fail(f"no question: column {self.columns.question!r} is null, empty or not UTF-8")
@@ -177,40 +192,45 @@ class Answerer:
 
     # ---- through the engine -----------------------------------------------------------------------------------------------
 
-    def _answer_singly(self, rows: Sequence[Row], unit: str, trial: Trial, seconds: Seconds) -> None:
-        """One row after the other, each announced before anything is done with it."""
-        for place, row in enumerate(rows):
-            if place in trial.lethal:
-                row.fail(f"left out, as the actor died each time when this row was answered ({LETHAL} times)")
-            elif row.error is None:
-                self.attempts.at(unit, place)
-            self._answer_all([row], seconds)
-        self.attempts.at(unit, None)
-
     def _answer_all(self, rows: Sequence[Row], seconds: Seconds) -> None:
-        """Answers the rows that have no error yet: each goes to the engine once its images are decoded, in order, so that
-        questions about one image arrive together."""
-        began = time.perf_counter()
-        for row in rows:
-            try:
-                if row.error is None:
-                    self._examine(row)
-            except Exception as error:  # noqa: BLE001 - the row's boundary
-                row.fail(error)
-        seconds["examine"] += time.perf_counter() - began
-        waiting = [row for row in rows if row.error is None]
-        decoding = _Decoding(self.decoders, self.tiler, waiting)
+        """Answers the rows that have no error yet."""
+        self._examine(rows, seconds)
+        self._answer_groups(rows, self._groups(rows), seconds)
+
+    def _answer_carefully(self, rows: Sequence[Row], unit: str, trial: Trial, seconds: Seconds) -> None:
+        """The same with one row examined, and one group answered, at a time: each is announced before it is begun."""
+        for place in trial.lethal:
+            died = f"the actor died each time when this row, or the rows of its image together, were answered ({LETHAL} times)"
+            rows[place].fail(f"left out, as {died}")
+        self._examine(rows, seconds, before=lambda place: self.attempts.at(unit, [place]))
+        for group in self._groups(rows):
+            self.attempts.at(unit, group)
+            self._answer_groups(rows, [group], seconds)
+        self.attempts.at(unit, [])
+
+    def _groups(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Places of examined rows that decide together what is kept. Those that have failed are reported, and in no group."""
+        fine = [place for place, row in enumerate(rows) if row.error is None]
+        failed = len(rows) - len(fine)
+        self.report(failed, failed)
+        together = self.engine.groups([rows[place].keys for place in fine], [len(rows[place].tokens) for place in fine])
+        return [[fine[number] for number in numbers] for numbers in together]
+
+    def _answer_groups(self, rows: Sequence[Row], places: Sequence[Sequence[int]], seconds: Seconds) -> None:
+        """Answers groups of ``rows``, each given by its places: it goes to the engine whole once its images are decoded."""
+        groups = [[rows[place] for place in group] for group in places]
+        decoding = _Decoding(self.decoders, self.tiler, groups)
         asked: list[tuple[Row, Future[Completion]]] = []
-        done = 0
-        for number, row in enumerate(waiting):
-            self.ahead.acquire()
-            future = self._submit(row, decoding)
-            if future is None:
-                self.ahead.release()
-            else:
-                future.add_done_callback(partial(_release, self.ahead))
-                asked.append((row, future))
-            if number % REPORT_ROWS == REPORT_ROWS - 1:
+        seen = done = 0
+        for group in groups:
+            self.room.take(len(group))
+            submitted = self._submit(group, decoding)
+            self.room.give(len(group) - len(submitted))
+            for _, future in submitted:
+                future.add_done_callback(partial(_give, self.room))
+            asked += submitted
+            if len(asked) - seen >= REPORT_ROWS:
+                seen = len(asked)
                 self.gauges.running(len(self.engine.batch.decode.running))
                 finished = sum(future.done() for _, future in asked)
                 self.report(finished - done, 0)
@@ -221,25 +241,40 @@ class Answerer:
             if number >= done and number % REPORT_ROWS == REPORT_ROWS - 1:
                 self.report(number + 1 - done, 0)
                 done = number + 1
-        self.report(len(rows) - done, sum(row.error is not None for row in rows))
+        answered = [row for group in groups for row in group]
+        self.report(len(answered) - done, sum(row.error is not None for row in answered))
 
-    def _submit(self, row: Row, decoding: _Decoding) -> Future[Completion] | None:
-        """The row's completion to come; None where it has none, and has failed."""
+    def _submit(self, group: Sequence[Row], decoding: _Decoding) -> list[tuple[Row, Future[Completion]]]:
+        """The group's rows with their completions to come, but for those that have none and have failed.
+
+        One whose prompt can't be run fails alone, the others still decide together. Images that can't be decoded are all rows'.
+        """
         from pipeline.engine import Prompt
 
+        failure: Exception | str
+        able: list[tuple[Row, Prompt]] = []
         try:
-            tiles = decoding.take(row)
-            row.tiles = sum(len(t.pixels) for t in tiles)
-            row.grids = [t.grid for t in tiles]
-            return self.engine.submit(Prompt(row.id, row.tokens, tiles, row.keys))
+            tiles = decoding.take()
+            for row in group:
+                row.tiles = sum(len(t.pixels) for t in tiles)
+                row.grids = [t.grid for t in tiles]
+                prompt = Prompt(row.id, row.tokens, tiles, row.keys)
+                try:
+                    self.engine.check(prompt)
+                    able.append((row, prompt))
+                except ValueError as error:
+                    row.fail(error)
+            futures = self.engine.submit_together([prompt for _, prompt in able]) if able else []
+            return [(row, future) for (row, _), future in zip(able, futures, strict=True)]
         except ImageError as error:
-            row.fail(str(error))
-            return None
+            failure = str(error)
         except Exception as error:
             if self.engine.batch.failed is not None:
                 raise
-            row.fail(error)
-            return None
+            failure = error
+        for row in group:
+            row.fail(failure)
+        return []
 
     def _take(self, row: Row, future: Future[Completion]) -> None:
         """The row's answer or error. Raises where the device itself has failed: the unit is done again by whoever continues."""
@@ -250,13 +285,21 @@ class Answerer:
                 raise
             row.fail(error)
 
-    def _account(self, seconds: Seconds) -> dict[str, int]:
+    def _account(self, seconds: Seconds) -> dict[str, float]:
         """Adds what the engine has spent since this was last asked to ``seconds``, and returns its counts since then.
 
         Units run side by side in one engine, so one unit's share is partly another's; over a run they add up once.
         """
         statistics = self.engine.batch.statistics
-        counters = ("images_encoded", "image_hits", "decode_steps", "decode_tokens")
+        counters = (
+            "images_encoded",
+            "image_hits",
+            "decode_steps",
+            "decode_tokens",
+            "cross_kv_byte_seconds",
+            "cross_kv_byte_seconds_full",
+            "cross_kv_bytes_read",
+        )
         with self.accounts:
             now = {name: getattr(statistics, name) for name in counters} | dict(self.engine.batch.seconds)
             since = {name: value - self.accounted.get(name, 0) for name, value in now.items()}
@@ -264,7 +307,7 @@ class Answerer:
         for stage in self.engine.batch.seconds:
             seconds[stage] += since.get(stage, 0.0)
         peaks = ("peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
-        return {name: int(since[name]) for name in counters} | {name: getattr(statistics, name) for name in peaks}
+        return {name: since[name] for name in counters} | {name: getattr(statistics, name) for name in peaks}
 
     def _actor_seconds(self) -> float:
         """Seconds that a unit which ends now stands for: since the unit before it ended, or since the actor was ready.
@@ -327,29 +370,50 @@ class _Turns:
                 self._changed.notify_all()
 
 
-class _Decoding:
-    """A unit's images on their way from files to tiles, some rows ahead of the engine; equal files are decoded once."""
+class _Room:
+    """Room for so many rows. A group takes its room whole, however little of it is free at once."""
 
-    def __init__(self, decoders: _Decoders, tiler: images.Tiler, rows: Sequence[Row]) -> None:
-        self.decoders, self.tiler, self.rows = decoders, tiler, rows
-        self.uses = Counter(key for row in rows for key in row.keys)
+    def __init__(self, rows: int) -> None:
+        self._free = threading.BoundedSemaphore(rows)
+        self._turn = threading.Lock()
+
+    def take(self, rows: int) -> None:
+        # Two groups that had a part of their room each could wait for each other.
+        with self._turn:
+            for _ in range(rows):
+                self._free.acquire()
+
+    def give(self, rows: int) -> None:
+        if rows:
+            self._free.release(rows)
+
+
+class _Decoding:
+    """Images on their way from files to tiles, some groups of rows ahead of the engine; equal files are decoded once."""
+
+    def __init__(self, decoders: _Decoders, tiler: images.Tiler, groups: Sequence[Sequence[Row]]) -> None:
+        self.decoders, self.tiler, self.groups = decoders, tiler, groups
+        self.uses = Counter(key for group in groups for key in group[0].keys)
         self.tiles: dict[str, Future[images.Tiles]] = {}
         self.begun = self.taken = 0
         self.seconds = 0.0
         self._lock = threading.Lock()
 
-    def take(self, row: Row) -> list[images.Tiles]:
-        """The tiles of the next row in order. Raises what its images can't be decoded for."""
+    def take(self) -> list[images.Tiles]:
+        """The tiles of the next group, whose rows have the same images. Raises what these can't be decoded for."""
+        keys = self.groups[self.taken][0].keys
         self.taken += 1
-        while self.begun < min(len(self.rows), self.taken + AHEAD // 4):
-            for key, data in zip(self.rows[self.begun].keys, self.rows[self.begun].files, strict=True):
+        while self.begun < min(len(self.groups), self.taken + DECODED_AHEAD):
+            group = self.groups[self.begun]
+            for key, data in zip(group[0].keys, group[0].files, strict=True):
                 if key not in self.tiles:
                     self.tiles[key] = self.decoders.submit(self._decode, data)
-            self.rows[self.begun].files = []
+            for row in group:
+                row.files = []
             self.begun += 1
-        futures = [self.tiles[key] for key in row.keys]
-        for key in row.keys:
-            # Tiles that no later row wants must not stay for the rest of the unit.
+        futures = [self.tiles[key] for key in keys]
+        for key in keys:
+            # Tiles that no later group wants must not stay for the rest of the unit.
             self.uses[key] -= 1
             if not self.uses[key]:
                 self.tiles.pop(key, None)
@@ -412,8 +476,8 @@ def _end_actor(error: Exception) -> None:
         os._exit(1)
 
 
-def _release(ahead: threading.Semaphore, _: object) -> None:
-    ahead.release()
+def _give(room: _Room, _: object) -> None:
+    room.give(1)
 
 
 def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
@@ -435,6 +499,7 @@ def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
             image_cache_bytes=int(config.image_cache_gib * 2**30),
         ),
         config.tower_tiles,
+        config.kept_sets,
     )
 
 

@@ -2,13 +2,20 @@
 
 Ray starts a dead actor anew and hands it the same units, for ever. So an actor says here when it begins a unit and when it ends
 one. One that was begun and not ended has cost an actor its life, or was under way when a neighbour did, or a machine was taken
-away. After ``CAREFUL`` such deaths a unit's rows are answered one at a time, with nothing beside them, and the actor says which
-is next; a row that ``LETHAL`` deaths meet is left out.
+away. After ``CAREFUL`` such deaths nothing runs beside the unit: its rows are examined one at a time, then answered one group
+at a time, and the actor says which are next. Rows that ``LETHAL`` deaths meet are left out.
+
+A group is what decides together which visual features are kept: one row, or with ``kept_sets="image"`` all rows of the unit
+about one image. It is answered whole and left out whole, although some of its rows may be innocent. Answered one by one they
+would keep other features than in a run without deaths, and machines taken away by chance would change answers without a word;
+an error says that something happened. Few are lost so: a question that kills is met alone, when it is examined, and what kills
+later is most likely the image, which the group's rows have in common.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,8 +44,8 @@ class Log(Protocol):
 
     def begin(self, unit: str) -> Trial: ...
 
-    def at(self, unit: str, row: int | None) -> None:
-        """``row`` is next; None: no row is."""
+    def at(self, unit: str, rows: Sequence[int]) -> None:
+        """``rows`` are next, one that is examined or a group that is answered; empty: none is."""
 
     def end(self, unit: str) -> None: ...
 
@@ -48,23 +55,19 @@ class Attempts:
 
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
-        self.standing: dict[str, int] = {}
-        self.deaths: dict[str, Counter[int]] = {}
+        self.standing: dict[str, tuple[int, ...]] = {}
+        self.deaths: dict[str, Counter[tuple[int, ...]]] = {}
 
     def begin(self, unit: str) -> Trial:
         met = self.deaths.setdefault(unit, Counter())
-        row = self.standing.pop(unit, None)
-        if row is not None:
-            met[row] += 1
+        if rows := self.standing.pop(unit, ()):
+            met[rows] += 1
         before = self.begun[unit]
         self.begun[unit] += 1
-        return Trial(before, frozenset(row for row, times in met.items() if times >= LETHAL))
+        return Trial(before, frozenset(row for rows, times in met.items() if times >= LETHAL for row in rows))
 
-    def at(self, unit: str, row: int | None) -> None:
-        if row is None:
-            self.standing.pop(unit, None)
-        else:
-            self.standing[unit] = row
+    def at(self, unit: str, rows: Sequence[int]) -> None:
+        self.standing[unit] = tuple(rows)
 
     def end(self, unit: str) -> None:
         for noted in (self.begun, self.standing, self.deaths):
@@ -81,8 +84,8 @@ class RemoteAttempts:
         trial: Trial | None = self._call("begin", unit)
         return trial or Trial(0, frozenset())
 
-    def at(self, unit: str, row: int | None) -> None:
-        self._call("at", unit, row)
+    def at(self, unit: str, rows: Sequence[int]) -> None:
+        self._call("at", unit, rows)
 
     def end(self, unit: str) -> None:
         self._call("end", unit)

@@ -109,8 +109,8 @@ class RunConfig:
     """Share of the channels of the kept keys that stay, with any policy (ThinK), 0 < share <= 1; default: all."""
 
     kept_sets: KeptSets = "image"
-    """Who decides what is kept: all questions about an image in a unit together, which then share one set (``image``), or each
-    for itself (``question``)."""
+    """Who decides what is kept of an image: all questions about it in one unit of work together, which then share one kept set
+    (``image``), or each question for itself (``question``)."""
 
     rows: RowSemantics = "meta"
     """What text before the image sees of it: nothing (``meta``, as trained), or everything (``transformers``)."""
@@ -165,7 +165,8 @@ class RunConfig:
     """Memory for keys and values, in GiB; default: what a GPU has left, a quarter of a machine's free memory up to 4."""
 
     image_cache_gib: float = 1.0
-    """Memory for encoded images that several rows ask about, in GiB; 0 encodes an image anew for each row."""
+    """Memory for encoded images that several rows ask about, in GiB; 0 encodes an image anew for each row, or for all rows that
+    decide together what is kept of it."""
 
     num_actors: int = 1
     """Copies of the model."""

@@ -13,7 +13,7 @@ from transformers import MllamaForConditionalGeneration, MllamaProcessor
 from pipeline.images import Normaliser, Tiles
 from pipeline.prompts import Prompter
 from trimming import Policy
-from trimming.engine import Completion, Image, Request, Sampling
+from trimming.engine import Completion, Image, KeptSets, Request, Sampling, groups
 from trimming.engine import Engine as BatchEngine
 from trimming.engine.memory import spare_bytes
 from trimming.engine.scheduler import activation_bytes
@@ -69,7 +69,7 @@ class Limits:
 
 
 class Engine:
-    """``submit`` may be called from any thread; ``batch`` does the work, from one thread alone (``serve``, ``generate``)."""
+    """Prompts may be submitted from any thread; ``batch`` does the work, from one thread alone (``serve``, ``generate``)."""
 
     def __init__(
         self,
@@ -80,8 +80,9 @@ class Engine:
         decoding: Decoding,
         limits: Limits = Limits(),
         tower_tiles: Literal["all", "real"] = "all",
+        kept_sets: KeptSets = "image",
     ) -> None:
-        self.model, self.processor, self.decoding = model, processor, decoding
+        self.model, self.processor, self.decoding, self.kept_sets = model, processor, decoding, kept_sets
         self.device: torch.device = model.device
         self.prompter = Prompter(processor)
         eos = model.generation_config.eos_token_id
@@ -100,23 +101,30 @@ class Engine:
             image_cache_bytes=limits.image_cache_bytes,
             tower_tiles=tower_tiles,
             detokenize=self.prompter.words,
+            kept_sets=kept_sets,
         )
         self.max_prompt_tokens: int = model.config.text_config.max_position_embeddings - decoding.max_new_tokens
 
+    def groups(self, keys: Sequence[Sequence[str]], lengths: Sequence[int]) -> list[list[int]]:
+        """Which prompts decide together what is kept, by their places: each list is for one ``submit_together``.
+
+        Args:
+            keys: the images' digests of each prompt.
+            lengths: the tokens of each prompt.
+        """
+        return groups(keys, lengths) if self.kept_sets == "image" else [[place] for place in range(len(keys))]
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises ``ValueError`` for a prompt that can't be run."""
+        self.batch._check(self._request(prompt))
+
     def submit(self, prompt: Prompt) -> Future[Completion]:
         """The prompt's completion to come, for ``answer``. Raises ``ValueError`` for a prompt that can't be run."""
-        pictures = [Image(key, tiles.pixels, tiles.ratio_id) for key, tiles in zip(prompt.keys, prompt.images, strict=True)]
-        decoding = self.decoding
-        return self.batch.submit(
-            Request(
-                id=prompt.id,
-                tokens=prompt.tokens,
-                images=pictures,
-                max_new_tokens=decoding.max_new_tokens,
-                sampling=decoding.sampling,
-                stop=decoding.stop,
-            )
-        )
+        return self.batch.submit(self._request(prompt))
+
+    def submit_together(self, prompts: Sequence[Prompt]) -> list[Future[Completion]]:
+        """The completions to come of prompts of one group. Raises ``ValueError`` for one that can't be run, before any is."""
+        return self.batch.submit_together([self._request(prompt) for prompt in prompts])
 
     def answer(self, prompt_tokens: int, completion: Completion) -> Answer:
         """``completion`` of a prompt of this length as an output row has it."""
@@ -142,9 +150,27 @@ class Engine:
         return self.batch.geometry.self_kv_bytes(self.model.dtype.itemsize)
 
     def generate(self, prompts: Iterable[Prompt]) -> list[Answer]:
-        """One answer a prompt, in order, worked out on this thread."""
+        """One answer a prompt, in order, worked out on this thread.
+
+        Raises ``ValueError`` for a prompt that can't be run, before any is.
+        """
         asked = list(prompts)
-        futures = [self.submit(prompt) for prompt in asked]
-        while not all(future.done() for future in futures):
+        for prompt in asked:
+            self.check(prompt)
+        futures: dict[int, Future[Completion]] = {}
+        for places in self.groups([p.keys for p in asked], [len(p.tokens) for p in asked]):
+            futures |= zip(places, self.submit_together([asked[place] for place in places]), strict=True)
+        while not all(future.done() for future in futures.values()):
             self.batch.step()
-        return [self.answer(len(p.tokens), future.result()) for p, future in zip(asked, futures, strict=True)]
+        return [self.answer(len(prompt.tokens), futures[place].result()) for place, prompt in enumerate(asked)]
+
+    def _request(self, prompt: Prompt) -> Request:
+        decoding = self.decoding
+        return Request(
+            id=prompt.id,
+            tokens=prompt.tokens,
+            images=[Image(key, tiles.pixels, tiles.ratio_id) for key, tiles in zip(prompt.keys, prompt.images, strict=True)],
+            max_new_tokens=decoding.max_new_tokens,
+            sampling=decoding.sampling,
+            stop=decoding.stop,
+        )

@@ -23,6 +23,10 @@ class Gauges:
         self.tokens = Counter(f"{PREFIX}_output_tokens", "Tokens of all answers")
         self.encoded = Counter(f"{PREFIX}_images_encoded", "Images that went through the tower")
         self.hits = Counter(f"{PREFIX}_image_cache_hits", "Images that did not, as their like had")
+        # Of images' keys and values, what rows share counted once.
+        self.held = Counter(f"{PREFIX}_cross_kv_byte_seconds", "Cross KV bytes held, times the device's seconds")
+        self.read = Counter(f"{PREFIX}_cross_kv_bytes_read", "Cross KV bytes that decoding read")
+        self.peak = Gauge(f"{PREFIX}_peak_cross_kv_bytes", "Most cross KV bytes held at once")
         self.kept = Gauge(f"{PREFIX}_keep_fraction", "Share of the visual features kept, mean of the last unit")
         self.sequences = Gauge(f"{PREFIX}_sequences", "Rows that decode at present")
 
@@ -40,6 +44,8 @@ class Gauges:
             (self.tokens, "output_tokens"),
             (self.encoded, "images_encoded"),
             (self.hits, "image_hits"),
+            (self.held, "cross_kv_byte_seconds"),
+            (self.read, "cross_kv_bytes_read"),
         )
         for counter, name in counted:
             # Ray's counters refuse a zero.
@@ -47,5 +53,6 @@ class Gauges:
                 counter.inc(stats[name])
         for kind, found in stats["error_kinds"].items():
             self.errors.inc(found["rows"], tags={"kind": kind[:100]})
+        self.peak.set(stats["peak_cross_kv_bytes"])
         if stats["keep_fraction_rows"]:
             self.kept.set(stats["keep_fraction_sum"] / stats["keep_fraction_rows"])

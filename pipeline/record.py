@@ -52,6 +52,8 @@ _SUMS = (
     "decode_steps",
     "decode_tokens",
 )
+_HELD = ("cross_kv_byte_seconds", "cross_kv_byte_seconds_full", "cross_kv_bytes_read")
+"""What the machine held and read of images' keys and values, what rows share counted once; None where a unit lacks them."""
 _PEAKS = ("peak_memory_bytes", "peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
 
 
@@ -192,11 +194,14 @@ def read_markers(output: Storage, units: Sequence[str]) -> list[dict[str, Any]]:
         return list(pool.map(lambda unit: json.loads(output.read(marker(unit))), units))
 
 
-def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summarise(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Adds up units' statistics. Seconds are summed over actors; peaks are the most of any; absent values are left out.
 
     ``actor_seconds`` is the time of all actors from when each was ready to the end of its last unit, and ``gpu_seconds`` that
-    time by the GPUs each held; loading the model, and work that was lost, is in neither. Both are None where a unit lacks them.
+    time by the GPUs each held; loading the model, and work that was lost, is in neither. Both are None where a unit lacks them,
+    and so is what was held and read of images' keys and values: ``cross_kv_byte_seconds``, the same with all features kept
+    (``cross_kv_byte_seconds_full``, computed), and ``cross_kv_bytes_read``. ``cross_kv_bytes`` and ``cross_kv_bytes_full`` are
+    sums over rows, as if no row shared its cache with another.
     """
     totals: dict[str, Any] = dict.fromkeys(_SUMS, 0)
     seconds: Counter[str] = Counter()
@@ -204,10 +209,8 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     peaks = dict.fromkeys(_PEAKS, 0)
     dtypes: set[str] = set()
     kinds: list[errors.Kinds] = []
-    held: list[tuple[float | None, float]] = []
     for unit in stats:
         kinds.append(unit.get("error_kinds", {}))
-        held.append((unit.get("actor_seconds"), unit.get("gpus", 0.0)))
         for name in _SUMS:
             totals[name] += unit.get(name, 0)
         seconds.update(unit["seconds"])
@@ -223,13 +226,18 @@ def summarise(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     totals["device"] = ", ".join(sorted(devices))
     totals["dtype"] = ", ".join(sorted(dtypes))
     totals |= peaks
-    # A part of them must not pass for the whole, which a bill is made from.
-    timed = [(spent, gpus) for spent, gpus in held if spent is not None]
-    whole = len(timed) == len(held)
-    totals["actor_seconds"] = round(sum(spent for spent, _ in timed), 3) if whole else None
-    totals["gpu_seconds"] = round(sum(spent * gpus for spent, gpus in timed), 3) if whole else None
+    totals |= {name: _whole([unit.get(name) for unit in stats]) for name in (*_HELD, "actor_seconds")}
+    totals["gpu_seconds"] = None
+    if totals["actor_seconds"] is not None:
+        totals["gpu_seconds"] = _whole([unit["actor_seconds"] * unit.get("gpus", 0.0) for unit in stats])
     totals["seconds_per_stage"] = {name: round(value, 3) for name, value in sorted(seconds.items())}
     return totals
+
+
+def _whole(values: Sequence[float | None]) -> float | None:
+    """The sum; None where a value is missing, since a part must not pass for the whole: bills are made from it."""
+    known = [value for value in values if value is not None]
+    return round(sum(known), 3) if len(known) == len(values) else None
 
 
 def write_summary(output: Storage, summary: dict[str, Any], part: str = "") -> None:

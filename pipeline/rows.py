@@ -27,7 +27,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     tiles: int = 0
     keys: list[str] = field(default_factory=list)
-    """Each file's digest: equal files are decoded and encoded once."""
+    """Each file's digest: equal files are decoded and encoded once, and tell which rows decide together what is kept."""
     grids: list[tuple[int, int]] = field(default_factory=list)
     answer: Answer | None = None
     error: str | None = None

@@ -56,7 +56,8 @@ class Unit:
     The range is nominal. An end inside a row group may part rows of one image, so whoever reads moves it to the next row with
     another image, at most ``start_reach`` or ``stop_reach`` rows further on (``pipeline.cuts``); the unit beside it does the
     same. Ends at a row group's edge stay where they are, as moving one would make a reader fetch a second row group's images to
-    look at a single row: there an image's rows may be parted, which costs one more encoding and nothing else.
+    look at a single row. There an image's rows may be parted: it is encoded once more, and with ``kept_sets="image"`` each part
+    decides for itself what is kept. Where the cuts lie follows from the input and the configuration alone.
     """
 
     shard: str

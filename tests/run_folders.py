@@ -61,7 +61,8 @@ def write_run(
             missing.
         partition: (i, n); ``rows`` are this partition's alone.
         stats: added to each unit's statistics, e.g. ``{"actor_seconds": 2.0, "gpus": 1}`` (by default 2 seconds, without a
-            GPU); a value of None takes a name out.
+            GPU, in which each row held its own cross-attention cache for a second and read it twice); a value of None takes a
+            name out.
         seconds: seconds by stage of each unit.
         device, dtype: what the units ran on.
         input_digest, identity: of the input and of the checkpoint.
@@ -100,8 +101,9 @@ def write_run(
     for name, start in units[: len(units) - unfinished]:
         taken = [_row(row) for row in rows[start : start + unit_rows]]
         packed = _packed(through[start : start + unit_rows], types)
+        tallied = tally(taken, packed, roles)
         unit_stats: dict[str, Any] = {
-            **tally(taken, packed, roles),
+            **tallied,
             "seconds": dict(seconds or {"decode_images": 0.25, "tower": 0.5, "prefill": 0.5, "decode": 1.0}),
             "device": device,
             "dtype": dtype,
@@ -109,6 +111,9 @@ def write_run(
             "peak_sequences": 3,
             "peak_kv_bytes": 3000,
             "peak_cross_kv_bytes": 2000,
+            "cross_kv_byte_seconds": float(tallied["cross_kv_bytes"]),
+            "cross_kv_byte_seconds_full": float(tallied["cross_kv_bytes_full"]),
+            "cross_kv_bytes_read": 2 * tallied["cross_kv_bytes"],
             "actor_seconds": 2.0,
             "gpus": 0,
             **(stats or {}),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.calibration import page
 from jobs.calibration.bound import divergence, effective_size, lower_bound, size_that_would_show
-from jobs.calibration.run import Calibration, Hope, Point, Target
-from jobs.calibration.sample import pick
-from pipeline.units import Shard
+from jobs.calibration.run import Calibration, Hope, Point, Spent, Target
+from jobs.calibration.sample import Range, pick, pick_images, units_of
+from pipeline.storage import Storage
+from pipeline.units import Shard, read_footers
 
 EXACT = Target(agreement=0.95, measure="exact", confidence=0.95)
 
@@ -69,21 +74,94 @@ def test_every_row_is_as_likely() -> None:
     """Over shards of 7, 0 and 13 rows, and 4,000 seeds."""
     counts: dict[tuple[str, int], int] = {}
     for seed in range(4000):
-        for unit in pick(SHARDS, 5, seed):
-            counts[unit.shard, unit.start] = counts.get((unit.shard, unit.start), 0) + 1
+        for name, start, _ in pick(SHARDS, 5, seed):
+            counts[name, start] = counts.get((name, start), 0) + 1
     assert len(counts) == 20
     # A quarter of the seeds each; six standard deviations are 164.
     assert all(abs(count - 1000) < 164 for count in counts.values())
 
 
 def test_a_sample_is_distinct_rows_in_order() -> None:
-    units = pick(SHARDS, 9, 3)
-    places = [(unit.shard, unit.start) for unit in units]
-    assert places == sorted(set(places))
-    assert len(places) == 9
-    assert all(unit.rows == 1 and unit.name.endswith(f"{unit.start:07d}-{unit.stop:07d}") for unit in units)
-    assert pick(SHARDS, 9, 3) == units != pick(SHARDS, 9, 4)
+    drawn = pick(SHARDS, 9, 3)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 9
+    assert all(stop == start + 1 for _, start, stop in drawn)
+    assert pick(SHARDS, 9, 3) == drawn != pick(SHARDS, 9, 4)
     assert len(pick(SHARDS, 500, 0)) == 20
+
+
+def test_units_are_the_ranges() -> None:
+    units = units_of(SHARDS, [("c.parquet", 2, 5), ("gone.parquet", 0, 1), ("a.parquet", 6, 7)])
+    assert [(unit.shard, unit.start, unit.stop, unit.rows) for unit in units] == [
+        ("c.parquet", 2, 5, 3),
+        ("a.parquet", 6, 7, 1),
+    ]
+    # No end of theirs may move.
+    assert {(unit.start_reach, unit.stop_reach) for unit in units} == {(0, 0)}
+    assert units[0].name.endswith("-0000002-0000005")
+    assert units[0].bytes == 3 * 1000 // 13
+
+
+# Rows about each image, with one that has many; letters tell images apart, . is a row without one.
+IN_ORDER = "aaabbcdddddd.eef..ggghhhhhhhhhhijjjj"
+
+
+def write_shards(folder: Path, images: str, group: int) -> tuple[Storage, Sequence[Shard]]:
+    """Two shards of these rows, the second with its images in another order."""
+    folder.mkdir()
+    for name, rows in (("a", images), ("b", images[::-1])):
+        cells = [None if letter == "." else {"bytes": f"{name}{letter}".encode(), "path": None} for letter in rows]
+        pq.write_table(pa.table({"picture": cells}), folder / f"{name}.parquet", row_group_size=group)
+    root = Storage(str(folder))
+    return root, read_footers(root, ["a.parquet", "b.parquet"])
+
+
+def images_of(rows: str) -> list[tuple[int, int]]:
+    """(start, stop) of each, as the letters show it."""
+    starts = [i for i, letter in enumerate(rows) if i == 0 or letter == "." or letter != rows[i - 1]]
+    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+
+
+@pytest.mark.parametrize("group", [1, 2, 5, 16, 100])
+def test_images_come_with_all_their_rows_whatever_the_row_groups(tmp_path: Path, group: int) -> None:
+    root, shards = write_shards(tmp_path / "in", IN_ORDER, group)
+    total = 2 * len(IN_ORDER)
+    every = [("a.parquet", *image) for image in images_of(IN_ORDER)]
+    every += [("b.parquet", *image) for image in images_of(IN_ORDER[::-1])]
+    assert pick_images(root, "picture", shards, total, 0) == every
+    for seed in range(40):
+        drawn = {(name, start) for name, start, _ in pick(shards, 20, seed)}
+        assert pick_images(root, "picture", shards, 20, seed) == [image for image in every if image[:2] in drawn]
+
+
+def test_every_image_is_as_likely_and_as_many_rows_come_as_were_asked(tmp_path: Path) -> None:
+    root, shards = write_shards(tmp_path / "in", "aaaaaaaabcc", 4)
+    counts: Counter[Range] = Counter()
+    for seed in range(400):
+        counts.update(pick_images(root, "picture", shards, 11, seed))
+    # Half of the rows are drawn: six images, each in half of the 400; five standard deviations are 50.
+    assert len(counts) == 6
+    assert all(abs(count - 200) < 50 for count in counts.values())
+    rows = sum(count * (stop - start) for (_, start, stop), count in counts.items())
+    assert rows / 400 == pytest.approx(11, rel=0.1)
+
+
+def test_damaged_rows_stand_alone(tmp_path: Path) -> None:
+    """Half of a shard is overwritten: those rows that are drawn are units of their own, and the others are as they were."""
+    rng = np.random.default_rng(0)
+    images = [rng.bytes(40_000) for _ in range(8)]
+    rows = pa.table({"picture": pa.array([images[i // 3] for i in range(24)], pa.binary())})
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=12, use_dictionary=False, compression="none")
+    root = Storage(str(tmp_path))
+    shards = read_footers(root, ["a.parquet"])
+    whole = [("a.parquet", start, start + 3) for start in range(0, 24, 3)]
+    assert pick_images(root, "picture", shards, 24, 0) == whole
+    file = tmp_path / "a.parquet"
+    data = bytearray(file.read_bytes())
+    middle = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    data[middle : middle + 1000] = bytes(1000)
+    file.write_bytes(data)
+    assert pick_images(root, "picture", shards, 24, 0) == whole[:4] + [("a.parquet", row, row + 1) for row in range(12, 24)]
 
 
 def test_a_k_is_given_up_once_it_cannot_hold() -> None:
@@ -91,7 +169,7 @@ def test_a_k_is_given_up_once_it_cannot_hold() -> None:
     allowed = max(d for d in range(30) if lower_bound(1 - d / 300, 300, 0.95) >= 0.95)
     assert 1 < allowed < 15
     full = {str(i): "yes" for i in range(300)}
-    hope = Hope(EXACT, 300)
+    hope = Hope(EXACT, 300, 300)
     hope.add("k", {str(i): "no" for i in range(allowed)}, full)
     assert not hope.lost("k")
     # A row that either side has not answered says nothing.
@@ -108,7 +186,7 @@ def test_giving_up_never_decides_otherwise_than_the_whole_sample() -> None:
         rows = 120
         wrong = draw.choice([0.0, 0.02, 0.05, 0.2])
         texts = {str(i): "no" if draw.random() < wrong else "yes" for i in range(rows)}
-        hope = Hope(Target(agreement=0.9, measure="exact", confidence=0.95), rows)
+        hope = Hope(Target(agreement=0.9, measure="exact", confidence=0.95), rows, rows)
         lost = False
         for id, text in texts.items():
             hope.add("k", {id: text}, {id: "yes"})
@@ -117,14 +195,52 @@ def test_giving_up_never_decides_otherwise_than_the_whole_sample() -> None:
         assert lost == (lower_bound(agreed, rows, 0.95) < 0.9)
 
 
+def test_a_k_is_given_up_as_soon_as_its_images_could_not_show_the_target() -> None:
+    """300 rows of 60 images: worth 60 rows, of which one that differs is one too many."""
+    full = {str(i): "yes" for i in range(300)}
+    assert lower_bound(1.0, 60, 0.95) > 0.95 > lower_bound(1 - 1 / 300, 60, 0.95)
+    for units, lost in ((300, False), (60, True)):
+        hope = Hope(EXACT, 300, units)
+        hope.add("k", {"0": "no"}, full)
+        assert hope.lost("k") == lost
+
+
+def spent(peak: int, of_full: float, seconds: float, own: float) -> Spent:
+    return Spent(peak, 1e6 * of_full, of_full, seconds, own)
+
+
 def calibration(*points: Point, rows: int = 500, chosen: float | None = None) -> Calibration:
-    return Calibration(EXACT, points, rows, 3, 4000.0, 10.0, 20.0, chosen)
+    return Calibration(EXACT, points, rows, 3, spent(10 << 20, 1.0, 10.0, 4000.0), 20.0, chosen)
 
 
 def point(
-    k_ratio: float, agreement: float, at_least: float, holds: bool, effective: float = 400, given_up: bool = False
+    k_ratio: float,
+    agreement: float,
+    at_least: float,
+    holds: bool,
+    effective: float = 400,
+    given_up: bool = False,
+    peak: int = 6 << 20,
+    of_full: float = 0.55,
 ) -> Point:
-    return Point(k_ratio, 500, 450, effective, agreement, at_least, 0.6, 2000.0, 5.0, holds, given_up)
+    took = spent(peak, of_full, 5.0, 2000.0)
+    return Point(k_ratio, 500, 450, effective, agreement, at_least, 0.6, took, holds, given_up)
+
+
+def test_what_a_run_took_is_what_the_machine_counted() -> None:
+    """Twice two rows, one with an error; what rows' own caches add up to is another figure."""
+    stats = {
+        "rows": 4,
+        "errors": 1,
+        "peak_cross_kv_bytes": 700,
+        "cross_kv_byte_seconds": 600.0,
+        "cross_kv_byte_seconds_full": 800.0,
+        "cross_kv_bytes": 3000,
+        "seconds_per_stage": {"tower": 7.0, "prefill": 1.5, "decode": 2.0},
+    }
+    assert Spent.of(stats) == Spent(700, 200.0, 0.75, 3.5, 1000.0)
+    without = {**stats, "cross_kv_byte_seconds": None, "cross_kv_byte_seconds_full": None}
+    assert Spent.of(without) == Spent(700, None, None, 3.5, 1000.0)
 
 
 def test_the_verdict_says_what_was_proved() -> None:
@@ -132,12 +248,24 @@ def test_the_verdict_says_what_was_proved() -> None:
     said = page.verdict(found)
     assert "K = 0.25 is the smallest that holds 95.00% agreement (texts that are equal) at 95% confidence" in said
     assert "98.50% measured, at least 96.60%; it keeps 60.0% of the features" in said
+    assert "and held 0.55 × the cross KV that all would have" in said
     text = page.markdown(found, {"Sample": "500 rows"}, "curve.svg")
-    assert "| **0.25** | 60.0% | 2.0 KiB | 98.50% | 96.60% | yes | 0.50 × |" in text
+    assert "| all | 10.0 MiB | 1.00 × | 1.00 × | 100.0% | | | | 3.9 KiB |" in text
+    assert "| **0.25** | 6.0 MiB, 0.60 × | 0.55 × | 0.50 × | 60.0% | 98.50% | 96.60% | yes | 2.0 KiB |" in text
+    assert "WARNING" not in text
     assert "**Errors**: 3 rows of 500" in text
     # 20 of the tower, 10 with all features, 5 for each of three.
     assert "1.50 times those of the sample's run with all features alone" in text
     assert "Given up" not in text
+
+
+@pytest.mark.parametrize(("peak", "of_full", "times"), [(18 << 20, 0.9, "1.80 ×"), (9 << 20, 1.4, "1.40 ×")])
+def test_a_k_that_held_more_than_all_features_is_said_to(peak: int, of_full: float, times: str) -> None:
+    """At once, or over time; a row's own cache is half of all features' in both."""
+    more = point(0.5, 1.0, 0.99, True, peak=peak, of_full=of_full)
+    text = page.markdown(calibration(more, point(0.25, 1.0, 0.99, True), chosen=0.25), {}, "curve.svg")
+    (warning,) = (line for line in text.splitlines() if "WARNING" in line)
+    assert f"K = 0.5 held {times} what all features would have" in warning
 
 
 def test_a_sample_that_is_too_small_is_told_from_a_k_that_is() -> None:

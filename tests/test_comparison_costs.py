@@ -56,14 +56,21 @@ def test_without_images_or_time_there_are_no_rates(tmp_path: Path) -> None:
     run = made(tmp_path / "failed", [{"id": "a", "error": "x"}], stats={"actor_seconds": 0.0})
     assert costs.speed(run)["images_per_second"] is None
     assert spread(run).output_tokens() == dict.fromkeys(("mean", "p5", "p50", "p95", "p99", "max"))
-    assert set(costs.kv(run).values()) == {0, None}
+    assert set(costs.row_kv(run).values()) == {0, None}
+    assert costs.held(run) == {
+        "byte_seconds": 0,
+        "byte_seconds_per_row": None,
+        "of_full": None,
+        "bytes_read": 0,
+        "bytes_read_per_token": None,
+    }
 
 
 def test_kv_peaks_and_stages(tmp_path: Path) -> None:
     rows = [{"id": str(i), "text": "one two", "tiles": 2, "keep_fraction": 0.5, "prompt_tokens": 8} for i in range(5)]
     run = made(tmp_path, [*rows, {"id": "e", "error": "x"}], stats={"peak_sequences": 7, "peak_cross_kv_bytes": None})
     full = 2 * TOKENS_PER_TILE * TOKEN_BYTES
-    assert costs.kv(run) == {
+    assert costs.row_kv(run) == {
         "cross_total": 5 * full / 2,
         "cross_full_total": 5 * full,
         "self_total": 5 * 10 * SELF_TOKEN_BYTES,
@@ -74,6 +81,24 @@ def test_kv_peaks_and_stages(tmp_path: Path) -> None:
     assert costs.peaks(run) == {"memory_bytes": 2**30, "sequences": 7, "kv_bytes": 3000, "cross_kv_bytes": None}
     # Two units.
     assert costs.stages(run) == {"decode_images": 0.5, "tower": 1.0, "prefill": 1.0, "decode": 2.0}
+
+
+def test_held_bytes_are_by_row_and_token_or_unknown(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": "one two three", "keep_fraction": 0.5} for i in range(7)]
+    counted = {"cross_kv_byte_seconds": 140.0, "cross_kv_byte_seconds_full": 100.0, "cross_kv_bytes_read": 2100}
+    # Two units with four rows, of which one has no answer.
+    run = made(tmp_path / "new", [*rows, {"id": "e", "error": "x"}], stats=counted)
+    assert costs.held(run) == {
+        "byte_seconds": 280.0,
+        "byte_seconds_per_row": 40.0,
+        "of_full": 1.4,
+        "bytes_read": 4200,
+        "bytes_read_per_token": 200.0,
+    }
+    older = made(tmp_path / "old", rows, stats=dict.fromkeys(counted))
+    assert set(costs.held(older).values()) == {None}
+    # Rows' own caches are no stand-in: they are sums, and may have been shared.
+    assert costs.row_kv(older)["cross_per_row"] == TOKENS_PER_TILE * TOKEN_BYTES / 2
 
 
 def test_distributions(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def run(
         "policy": policy,
         "options": options,
         "max_tiles": tiles,
+        "kept_sets": None if policy == "none" else "image",
         "model": "meta-llama/Llama-3.2-11B-Vision-Instruct",
         "identity": "9eb2daaa8597bf19",
         "dtype": "bfloat16",
@@ -83,7 +84,14 @@ def run(
             "p95": min(1, kept * 1.2),
             "histogram": {"edges": [i / 20 for i in range(21)], "counts": counts},
         },
-        "kv": {
+        "held": {
+            "byte_seconds": 6e12 * kept,
+            "byte_seconds_per_row": 6e8 * kept * (0.4 if tiles else 1),
+            "of_full": kept,
+            "bytes_read": 9e12 * kept,
+            "bytes_read_per_token": 7e7 * kept,
+        },
+        "row_kv": {
             "cross_total": 2.1e12 * kept,
             "cross_full_total": 2.1e12,
             "self_total": 2e11,
@@ -107,7 +115,8 @@ def comparison(
             "accuracy": difference(change, verdict, tells), "vqa_accuracy": None, "anls": difference(change, verdict, tells),
             "output_tokens": difference(-0.3, "lower", spread=0.1), "cross_kv_bytes": difference(-8.1e7, "lower", spread=1e6),
         },
-        "speed_ratio": 1.8, "cost_ratio": 0.55, "cross_kv_ratio": kv, "examples": examples,
+        "speed_ratio": 1.8, "cost_ratio": 0.55, "row_kv_ratio": kv, "held_ratio": kv, "read_ratio": kv, "peak_ratio": 0.9,
+        "examples": examples,
     }  # fmt: skip
 
 
@@ -129,7 +138,8 @@ def report() -> dict[str, Any]:
     pair = {
         "run": "trimmed K=0.25",
         "tiles_run": "one tile",
-        "cross_kv_ratio": 1.5,
+        "by": "held",
+        "ratio": 1.5,
         "score": "accuracy",
         "difference": difference(0.097, "better"),
     }
@@ -148,12 +158,12 @@ def empty(report: dict[str, Any]) -> dict[str, Any]:
         each["error_kinds"], each["kept"], each["hardware"] = {}, None, "CPU, 2 threads"
         each["scores"] = dict.fromkeys(each["scores"])
         each["stages"], each["tiles_per_row"] = {}, []
-        for name in ("speed", "cost", "peaks", "kv", "output_tokens"):
+        for name in ("speed", "cost", "peaks", "held", "row_kv", "output_tokens"):
             each[name] = dict.fromkeys(each[name])
         each["questions_per_image"] = {"mean": None, "histogram": []}
         each["complete"] = False
     for each in made["comparisons"]:
-        each |= {"joined": 0, "compared": 0, "examples": [], "speed_ratio": None, "cost_ratio": None, "cross_kv_ratio": None}
+        each |= {"joined": 0, "compared": 0, "examples": []} | {name: None for name in each if name.endswith("_ratio")}
         each["agreement"] = {name: score(None, 0) for name in each["agreement"]}
         each["differences"] = dict.fromkeys(each["differences"])
     return made
@@ -302,7 +312,7 @@ def test_texts_of_rows_and_runs_are_only_texts(report: dict[str, Any], runs: lis
     assert browser.complaints == []
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.evaluate("document.querySelectorAll('[onerror]').length") == 0
-    assert browser.evaluate("document.title") == "Cost comparison: what trimming saves and what it costs"
+    assert browser.evaluate("document.title") == "Comparison of runs: what each held, took and got right"
     quotes = browser.evaluate("[...document.querySelectorAll('blockquote')].map(e => e.textContent)")
     assert any("<script>alert('x')</script>" in quote for quote in quotes)
     assert not re.search("[\0\u202e]", browser.evaluate("document.body.textContent"))
@@ -337,6 +347,7 @@ def test_the_answer_comes_first_and_warnings_above_it(report: dict[str, Any], ru
             "The cheapest run",
             '<table id="summary"',
             "<svg",
+            '<table id="held"',
             '<table id="memory"',
             "<img",
             '<table id="conditions"',
@@ -353,11 +364,63 @@ def test_the_answer_comes_first_and_warnings_above_it(report: dict[str, Any], ru
 def test_sentences_of_one_run(report: dict[str, Any]) -> None:
     said = " ".join(sentences.finding(report, report["comparisons"][0]).sentences)
     assert "It costs $66.00 per million images where the baseline costs $120 (0.55×)" in said
-    assert "keeps 60.0% of the visual features and holds 0.60× the baseline's cross KV" in said
+    assert said.startswith(
+        "It holds 0.60× the baseline's cross KV in byte-seconds per row (0.90× at its peak), reads 0.60× as many bytes per "
+        "output token and keeps 60.0% of the visual features."
+    )
     assert "exactly the baseline's in 97.1% (96.1% to 98.1%) of 9,980 rows" in said
     assert "accuracy is 79.7%, the baseline's 80.0%" in said
     assert "−0.3 points (−0.7 to +0.1): not distinguishable in 9,980 rows; about 45,000 rows would tell" in said
-    assert "alternative one tile, with 1.50× its cross KV, accuracy differs by +9.7 points (+9.3 to +10.1): better" in said
+    assert (
+        "alternative one tile, with 1.50× its cross KV held per row, accuracy differs by +9.7 points (+9.3 to +10.1): better"
+        in said
+    )
+
+
+def test_only_held_bytes_are_said_to_be_held(
+    report: dict[str, Any], empty: dict[str, Any], runs: list[Run], tmp_path: Path
+) -> None:
+    for number, made in enumerate((report, empty)):
+        out = written(made, runs if made is report else [], tmp_path / f"report-{number}")
+        for text in ((out / "index.html").read_text(), (out / "report.md").read_text()):
+            assert not re.search(r"\bsaved?\b|\bsaves\b", text)
+    line = " ".join(sentences.bottom_line(report))
+    assert "It also holds the least of such runs: 0.60× the baseline's cross KV in byte-seconds per row (0.90× at" in line
+    # A trimmed run that held more than the baseline is not the one with the least, whatever its rows' own caches are.
+    report["runs"][1]["held"]["byte_seconds_per_row"] = 9e8
+    assert "No run holds less cross KV than the baseline without being" in " ".join(sentences.bottom_line(report))
+    report["runs"][0]["held"] = dict.fromkeys(report["runs"][0]["held"])
+    assert "the least cross KV is unknown" in " ".join(sentences.bottom_line(report))
+
+
+def test_held_bytes_that_are_not_counted_are_unknown(report: dict[str, Any]) -> None:
+    trimmed, compared = report["runs"][1], report["comparisons"][0]
+    trimmed["held"] = dict.fromkeys(trimmed["held"])
+    compared |= {"held_ratio": None, "read_ratio": None}
+    assert sentences.finding(report, compared).sentences[0].startswith("It holds 0.90× the baseline's cross KV at its peak and")
+    compared["peak_ratio"] = None
+    assert (
+        sentences.finding(report, compared).sentences[0].startswith("It holds an unknown part of the baseline's cross KV and")
+    )
+    summary = tables.summary(report)
+    columns = [summary.columns.index(name) for name in ("held per row", "read per token")]
+    assert [[row[column].text for column in columns] for row in summary.rows[:2]] == [
+        ["572.2 MiB·s", "66.8 MiB"],
+        ["unknown"] * 2,
+    ]
+    # Beside fewer tiles, rows' own caches may stand in; that is said.
+    (pair,) = report["equal_kv"]
+    pair["by"] = "row_kv"
+    assert "held bytes are not comparable" in tables.equal_kv(report).rows[0][2].note
+    assert any("1.50× its own cross KV per row (held bytes are not" in s for s in sentences.finding(report, compared).sentences)
+
+
+def test_held_bytes_are_an_axis(report: dict[str, Any]) -> None:
+    _, held = curves.curves(report)
+    assert held.title == "Accuracy against cross KV held per row, MiB·s"
+    for each in report["runs"][1:]:
+        each["held"]["byte_seconds_per_row"] = None
+    assert [plot.name for plot in curves.curves(report)] == ["quality-cost"]
 
 
 def test_without_prices_costs_are_hours(report: dict[str, Any]) -> None:
@@ -367,7 +430,7 @@ def test_without_prices_costs_are_hours(report: dict[str, Any]) -> None:
     assert "GPU-hours per million images" in summary.columns
     assert not any("$" in column for column in summary.columns)
     assert next(curves.curves(report)).title == "Accuracy against GPU-hours per million images"
-    assert "18.9 GPU-hours" in sentences.finding(report, report["comparisons"][0]).sentences[0]
+    assert "18.9 GPU-hours" in sentences.finding(report, report["comparisons"][0]).sentences[1]
     # One price of two is no axis: both columns, and the plot in hours.
     report["runs"][0]["cost"]["dollars_per_million_images"] = 120.0
     assert {"GPU-hours per million images", "$ per million images"} <= set(tables.summary(report).columns)

@@ -72,7 +72,9 @@ def test_numbers_of_a_comparison(tmp_path: Path) -> None:
     kv = differences["cross_kv_bytes"]
     assert (kv["value"], kv["low"], kv["high"]) == (-TOKENS_PER_TILE * TOKEN_BYTES / 2,) * 3
     assert kv["verdict"] == "lower"
-    assert found["cross_kv_ratio"] == 0.5
+    assert found["row_kv_ratio"] == 0.5
+    # By answered row, seven with half and one with all; by output token, 2 a row and one of the last.
+    assert (found["held_ratio"], found["read_ratio"], found["peak_ratio"]) == ((7 / 2 + 1) / 8, (7 / 2 + 1) / 15 * 2, 1)
     # 7 images in 2 × 2 seconds beside 8 in 3 × 4.
     assert found["speed_ratio"] == pytest.approx((8 / 12) / (7 / 4))
     assert found["cost_ratio"] == pytest.approx((7 / 4) / (8 / 12))
@@ -103,7 +105,7 @@ def test_every_key_is_there_whatever_is_known(tmp_path: Path) -> None:
     unknown = nothing | {"verdict": "not distinguishable", "rows_that_would_tell": None}
     none = dict.fromkeys(("accuracy", "vqa_accuracy", "anls"))
     assert found["differences"] == {**none, "output_tokens": unknown, "cross_kv_bytes": unknown}
-    assert found["speed_ratio"] is found["cost_ratio"] is found["cross_kv_ratio"] is None
+    assert {found[f"{name}_ratio"] for name in ("speed", "cost", "row_kv", "held", "read")} == {None}
     assert found["examples"] == []
     assert any("No row of one run" in said for said in found["warnings"])
     for run in made["runs"]:
@@ -195,9 +197,9 @@ def test_each_policy_stands_beside_fewer_tiles_at_equal_kv(tmp_path: Path) -> No
     write_run(tmp_path / "k", rows([*right], answers, tiles=4, keep_fraction=0.25), config={"policy": "trimmed-llama"})
     write_run(tmp_path / "grid", rows([*right], answers, tiles=4, keep_fraction=0.75), config={"policy": "grid"})
     found = build(tmp_path, "full", "one", "two", "k", "grid")["equal_kv"]
-    assert [(one["run"], one["tiles_run"], one["cross_kv_ratio"], one["score"]) for one in found] == [
-        ("k", "one", 1.0, "accuracy"),
-        ("grid", "two", 1.5, "accuracy"),
+    assert [(one["run"], one["tiles_run"], one["by"], one["ratio"], one["score"]) for one in found] == [
+        ("k", "one", "held", 1.0, "accuracy"),
+        ("grid", "two", "held", 1.5, "accuracy"),
     ]
     assert found[0]["difference"]["value"] == 0.25
     assert found[1]["difference"]["value"] == 0
@@ -209,7 +211,61 @@ def test_nearest_is_meant_by_the_ratio_of_bytes(tmp_path: Path) -> None:
         write_run(tmp_path / name, rows(["x"] * 4, tiles=tiles), config={} if name == "full" else {"max_tiles": tiles})
     write_run(tmp_path / "k", rows(["x"] * 4, tiles=4, keep_fraction=9 / 16), config={"policy": "trimmed-llama"})
     (found,) = build(tmp_path, "full", "one", "four", "k")["equal_kv"]
-    assert (found["tiles_run"], found["cross_kv_ratio"]) == ("four", 9 / 16)
+    assert (found["tiles_run"], found["ratio"]) == ("four", 9 / 16)
+
+
+def test_the_cheap_alternative_is_the_one_that_held_as_much(tmp_path: Path) -> None:
+    """A row's own cache is as small as one tile's, but rows about one image kept sets of their own: held were two tiles'."""
+    sizes = {"full": 4, "one": 1, "two": 2}
+    for name, tiles in sizes.items():
+        config = {} if name == "full" else {"max_tiles": tiles}
+        write_run(tmp_path / name, rows(["x"] * 8, ["x"] * 8, tiles=tiles), config=config)
+    trimmed = rows(["x"] * 8, ["x"] * 8, tiles=4, keep_fraction=0.25)
+    twice = {"cross_kv_byte_seconds": 2.0 * 4 * TOKENS_PER_TILE * TOKEN_BYTES}
+    config = {"policy": "trimmed-llama"}
+    write_run(tmp_path / "k", trimmed, config=config, stats=twice)
+    (found,) = build(tmp_path, *sizes, "k")["equal_kv"]
+    assert (found["tiles_run"], found["by"], found["ratio"]) == ("two", "held", 1.0)
+    # Unknown in one of them, or in seconds of another machine: by rows' own caches, and that is said.
+    for name, settings in (("old", {"stats": {"cross_kv_byte_seconds": None}}), ("gpu", {"stats": twice, "device": "H200"})):
+        write_run(tmp_path / name, trimmed, config=config, **settings)
+        (found,) = build(tmp_path, *sizes, name)["equal_kv"]
+        assert (found["tiles_run"], found["by"], found["ratio"]) == ("one", "row_kv", 1.0)
+
+
+def test_a_trimmed_run_that_held_more_is_told_with_a_warning(tmp_path: Path) -> None:
+    """Rows' own caches say half; six sets where all features need one say three times."""
+    write_run(tmp_path / "full", rows(["a cat"] * 8))
+    more = {
+        "peak_cross_kv_bytes": 6000,
+        "cross_kv_byte_seconds": 1.5 * 4 * TOKENS_PER_TILE * TOKEN_BYTES,
+        "cross_kv_byte_seconds_full": 4 * TOKENS_PER_TILE * TOKEN_BYTES / 2,
+    }
+    write_run(tmp_path / "k", rows(["a cat"] * 8, keep_fraction=0.5), config={"policy": "trimmed-llama"}, stats=more)
+    made = build(tmp_path, "full", "k")
+    (found,) = made["comparisons"]
+    assert (found["row_kv_ratio"], found["held_ratio"], found["peak_ratio"]) == (0.5, 1.5, 3)
+    assert made["runs"][1]["held"]["of_full"] == 3
+    between, within = found["warnings"]
+    assert between == (
+        "k trims and holds more cross KV than full: 5.9 KiB at its peak beside 2.0 KiB (3.00×), and 5.9 KiB·s a row beside "
+        "3.9 KiB·s (1.50×)."
+    )
+    assert within.startswith(
+        "k held 3.00× what all features would have (by formula): rows about one image kept sets of their own"
+    )
+
+
+def test_a_run_that_did_not_count_is_unknown(tmp_path: Path) -> None:
+    write_run(tmp_path / "full", rows(["a cat"] * 8))
+    older = dict.fromkeys(("cross_kv_byte_seconds", "cross_kv_byte_seconds_full", "cross_kv_bytes_read"))
+    write_run(tmp_path / "k", rows(["a cat"] * 8, keep_fraction=0.5), config={"policy": "trimmed-llama"}, stats=older)
+    made = build(tmp_path, "full", "k")
+    (found,) = made["comparisons"]
+    assert (found["held_ratio"], found["read_ratio"], found["peak_ratio"], found["row_kv_ratio"]) == (None, None, 1, 0.5)
+    assert set(made["runs"][1]["held"].values()) == {None}
+    (said,) = found["warnings"]
+    assert said.startswith("k was made by an older version that did not count what was held and read")
 
 
 @pytest.mark.parametrize(("job", "score"), [("answer", "exact"), ("caption", "chrf")])

@@ -39,6 +39,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "torch": ({"run": {"versions": {"torch": "1.0"}}}, "The versions of torch differ: 1.0 in run,"),
     "unfinished": ({"unfinished": 1}, "run is incomplete: 2 of 3 units (8 rows) are finished"),
     "partition": ({"partition": (1, 2)}, "run is incomplete: 1 of its 2 partitions have begun."),
+    "uncounted": (
+        {"stats": dict.fromkeys(("cross_kv_byte_seconds", "cross_kv_bytes_read"))},
+        "run was made by an older version that did not count what was held and read",
+    ),
     "older": ({"stats": {"actor_seconds": None, "gpus": None}}, "did not time its actors (3 of 3 units)"),
 }
 
@@ -59,6 +63,31 @@ def test_what_is_compared_is_no_reason(tmp_path: Path) -> None:
         ({"policy": "trimmed-llama"}, {"max_tiles": 1}, {"unit_rows": 4, "write_kept": True, "seed": 2})
     ):
         assert warnings(made(tmp_path / str(place), config=config), base, joined=10) == []
+
+
+def test_a_trimmed_run_that_holds_more(tmp_path: Path) -> None:
+    base = made(tmp_path / "base")
+    trimmed = {"config": {"policy": "grid"}}
+
+    def found(name: str, config: dict[str, Any] | None = None, against: Run = base, **stats: Any) -> list[str]:
+        settings = {"config": config} if config else trimmed
+        return warnings(made(tmp_path / name, **settings, stats=stats), against, joined=10)
+
+    peak = "at its peak beside 2.0 KiB (2.00×)."
+    (said,) = found("peak", peak_cross_kv_bytes=4000)
+    assert said == f"peak trims and holds more cross KV than base: 3.9 KiB {peak}"
+    (said,) = found("longer", cross_kv_byte_seconds=40_000.0, cross_kv_byte_seconds_full=80_000.0)
+    assert said.endswith("than base: 11.7 KiB·s a row beside 3.9 KiB·s (3.00×).")
+    # As much, the rounding of what is allocated aside; or more, of more rows at once: what trimming makes room for.
+    assert found("same", peak_cross_kv_bytes=2020) == []
+    assert found("rows", peak_cross_kv_bytes=4000, peak_sequences=9) == []
+    # More than a baseline that is smaller to begin with, or than another run with all features.
+    tiles = made(tmp_path / "tiles", config={"max_tiles": 1})
+    assert found("beside", against=tiles, peak_cross_kv_bytes=4000) == []
+    assert found("full", {"policy": "none"}, peak_cross_kv_bytes=4000) == []
+    # Seconds of another machine.
+    gpu = made(tmp_path / "gpu", device="NVIDIA H200")
+    assert not any("holds more" in one for one in found("cpu", against=gpu, cross_kv_byte_seconds=40_000.0))
 
 
 def test_sampling_and_its_seed(tmp_path: Path) -> None:

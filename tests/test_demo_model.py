@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_the_engine_says_what_generate_says(answerer: Answerer, rows: list[Row],
     """What the table measures is the method: against ``generate`` under ``trim``, one row at a time, on both data sets."""
     some = [*rows[:10], *rows[-48:]]
     model = MllamaForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
-    answered = list(answerer.answer(answerer.engine(policy), some))
+    answered = list(answerer.answer(answerer.engine(policy, kept_sets="question"), some))
     assert [a.row for a in answered] == some
     assert {a.tiles for a in answered} == {1, 2, 3, 4}
     for ours in answered:
@@ -98,6 +99,30 @@ def plain_answer(answerer: Answerer, model: MllamaForConditionalGeneration, row:
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     text: str = answerer.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip(), trimmed.samples[0]
+
+
+def test_rows_about_an_image_go_in_together_in_whatever_order_they_come(answerer: Answerer, rows: list[Row]) -> None:
+    some = rows[-18:]
+    mixed = [some[image * 6 + question] for question in range(6) for image in range(3)]
+    kept: dict[str, dict[str, set[tuple[int, ...]]]] = {}
+    for name, order, kept_sets in (("image", some, "image"), ("mixed", mixed, "image"), ("question", some, "question")):
+        sets = kept[name] = defaultdict(set)
+        for answered in answerer.answer(answerer.engine(TrimmedLlama(k_ratio=0.1), kept_sets=kept_sets), order):
+            sets[answered.row.path].add(tuple(answered.said.kept))
+    assert {len(found) for found in kept["image"].values()} == {1}
+    assert kept["mixed"] == kept["image"]
+    assert min(len(found) for found in kept["question"].values()) > 1
+
+
+def test_images_that_were_encoded_beforehand_take_an_engine_no_time(rows: list[Row]) -> None:
+    answerer, some = Answerer(MODEL), rows[-12:]
+    engine = answerer.engine(KeepAll())
+    answerer.encode(engine, some)
+    assert engine.batch.statistics.images_encoded == 2
+    engine.batch.reset_statistics()
+    assert len(list(answerer.answer(engine, some))) == 12
+    assert engine.batch.statistics.images_encoded == 0
+    assert engine.batch.seconds["tower"] == 0
 
 
 def test_an_image_is_encoded_once_for_all_policies_but_apart_with_real_tiles(rows: list[Row]) -> None:

@@ -21,28 +21,32 @@ ROWS = [
 ]
 
 
-def finished_run(folder: Path, keep: float) -> Path:
+SUMMARY: dict[str, Any] = {
+    "rows": 5,
+    "images": 4,
+    "actor_seconds": 0.5,
+    "peak_sequences": 1_004,
+    "peak_cross_kv_bytes": 2_000_000,
+    "cross_kv_byte_seconds": 500_000.0,
+    "cross_kv_bytes_read": 8_000_000,
+    "seconds_per_stage": {"tower": 0.25, "prefill": 0.11, "decode": 0.09, "read": 0.01},
+}
+CHEAPER: dict[str, Any] = {
+    "actor_seconds": 0.4,
+    "peak_cross_kv_bytes": 1_000_000,
+    "cross_kv_byte_seconds": 200_000.0,
+    "cross_kv_bytes_read": 4_000_000,
+    "seconds_per_stage": {"tower": 0.25, "prefill": 0.06, "decode": 0.04},
+}
+
+
+def finished_run(folder: Path, keep: float, **summary: Any) -> run.Run:
     folder.mkdir(parents=True)
-    kept: list[dict[str, Any]] = [
-        {"keep_fraction": None, "cross_kv_bytes_full": None, "cross_kv_bytes": None}
-        if row["error"]
-        else {"keep_fraction": keep, "cross_kv_bytes_full": 1_000_000, "cross_kv_bytes": int(1_000_000 * keep)}
-        for row in ROWS
-    ]
-    pq.write_table(pa.Table.from_pylist([row | k for row, k in zip(ROWS, kept, strict=True)]), folder / "part.parquet")
+    rows = [row | {"keep_fraction": None if row["error"] else keep} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "part.parquet")
     (folder / ".run").mkdir()
-    summary = {
-        "rows": 5,
-        "rows_this_start": 5,
-        "images": 4,
-        "seconds_working": 0.5,
-        "images_encoded": 1_003,
-        "image_hits": 1,
-        "peak_sequences": 4,
-        "seconds_per_stage": {"tower": 0.25, "prefill": 0.11, "read": 0.01},
-    }
-    (folder / ".run/summary.json").write_text(json.dumps(summary))
-    return folder
+    (folder / ".run/summary.json").write_text(json.dumps(SUMMARY | summary))
+    return run.Run(folder)
 
 
 def line(report: str, name: str, block: int = 0) -> list[str]:
@@ -50,33 +54,50 @@ def line(report: str, name: str, block: int = 0) -> list[str]:
 
 
 def test_report_sets_both_runs_side_by_side(tmp_path: Path) -> None:
-    runs = [run.Run(name, finished_run(tmp_path / name, keep)) for name, keep in (("full", 1.0), ("trimmed", 0.5))]
-    report = run.report(runs)
+    report = run.report(finished_run(tmp_path / "full", 1.0), finished_run(tmp_path / "trimmed", 0.5, **CHEAPER))
+    assert line(report, "policy") == ["none", "K", "=", "0.25"]
     assert line(report, "rows") == ["2", "2"]
     assert line(report, "rows", block=1) == ["3", "3"]
     assert line(report, "errors", block=1) == ["1", "1"]
-    assert line(report, "right answers") == ["50.0%", "50.0%"]
-    assert line(report, "color") == ["100.0%", "100.0%"]
+    assert line(report, "right answers") == ["50.0%", "50.0%", "+0.0", "points"]
+    assert line(report, "color") == ["100.0%", "100.0%", "+0.0", "points"]
     # A row in error counts as a wrong answer.
-    assert line(report, "caption, exact") == ["33.3%", "33.3%"]
+    assert line(report, "caption, exact") == ["33.3%", "33.3%", "+0.0", "points"]
     assert line(report, "features kept, mean") == ["100.0%", "50.0%"]
-    assert line(report, "cross-attention KV") == ["2.0", "MB", "1.0", "MB"]
-    assert line(report, "saved") == ["0.0%", "50.0%"]
-    assert line(report, "images a second") == ["8", "8"]
-    assert line(report, "encoded") == ["1,003", "1,003"]
-    assert line(report, "shared with another row") == ["1", "1"]
-    assert line(report, "rows at once, most") == ["4", "4"]
-    assert line(report, "seconds in the tower") == ["0.2", "0.2"]
-    assert line(report, "in prefill") == ["0.1", "0.1"]
-    # Nothing was decoded: the stage is not there.
-    assert line(report, "in decoding") == ["0.0", "0.0"]
+    assert line(report, "peak cross KV held") == ["2.0", "MB", "1.0", "MB", "0.50", "×"]
+    assert line(report, "byte-seconds held") == ["0.5", "MB·s", "0.2", "MB·s", "0.40", "×"]
+    assert line(report, "bytes read in decoding") == ["8.0", "MB", "4.0", "MB", "0.50", "×"]
+    assert line(report, "seconds in the tower") == ["0.2", "0.2", "1.00", "×"]
+    assert line(report, "in prefill") == ["0.1", "0.1", "0.55", "×"]
+    assert line(report, "in decoding") == ["0.1", "0.0", "0.44", "×"]
+    assert line(report, "in both of these") == ["0.2", "0.1", "0.50", "×"]
+    assert line(report, "images a second") == ["8.0", "10.0", "1.25", "×"]
+    assert line(report, "rows at once, most") == ["1,004", "1,004", "1.00", "×"]
+    assert "saved" not in report
 
 
-def test_speed_of_a_run_in_several_starts_is_not_told(tmp_path: Path) -> None:
-    folder = finished_run(tmp_path / "full", 1.0)
-    summary = json.loads((folder / ".run/summary.json").read_text()) | {"rows_this_start": 2}
-    (folder / ".run/summary.json").write_text(json.dumps(summary))
-    assert run.images_per_second(run.Run("full", folder)) == "-"
+def test_what_trimmed_is_better_in_and_what_not_follows_from_the_figures(tmp_path: Path) -> None:
+    full = finished_run(tmp_path / "full", 1.0)
+    better = run.verdict(full, finished_run(tmp_path / "better", 0.5, **CHEAPER))
+    held, seconds = "held bytes (peak 0.50 ×, byte-seconds 0.40 ×)", "seconds (prefill and decoding, 0.50 ×)"
+    assert better == [f"Trimmed is better in {held}, {seconds}, images a second (1.25 ×)."]
+
+    slow = CHEAPER | {"actor_seconds": 0.6}
+    assert run.verdict(full, finished_run(tmp_path / "slow", 0.5, **slow)) == [
+        f"Trimmed is better in {held}, {seconds}.",
+        "It is not in images a second (0.83 ×): prefill and decoding are 0.2 of 0.5 s, and trimming changes nothing else.",
+    ]
+
+    stages = {"tower": 0.25, "prefill": 0.22, "decode": 0.09}
+    worse = SUMMARY | {"peak_cross_kv_bytes": 4_000_000, "seconds_per_stage": stages}
+    said = run.verdict(full, finished_run(tmp_path / "worse", 0.5, **worse))
+    assert said[:3] == [
+        "Trimmed is better in nothing.",
+        "It is not in held bytes (peak 2.00 ×, byte-seconds 1.00 ×): its rows share less of what they keep.",
+        "It is not in seconds (prefill and decoding, 1.55 ×): prefill takes 2.00 ×, decoding 1.00 ×.",
+    ]
+    more = run.verdict(full, finished_run(tmp_path / "more", 0.5, **worse | {"peak_sequences": 2_000}))
+    assert more[1].endswith("it had 2,000 rows at once, not 1,004.")
 
 
 def test_a_failing_job_ends_the_demo_with_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

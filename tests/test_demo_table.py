@@ -21,9 +21,19 @@ RESULTS = table.ROOT / "demo/results"
 ANEW = "`make demo-table` measures anew what lies in demo/results (some minutes)"
 
 
+class FakeBatch:
+    def __init__(self, policy: Policy, kept_sets: str, tower: float) -> None:
+        self.policy, self.kept_sets, self.statistics, self.seconds = policy, kept_sets, Statistics(), {"tower": tower}
+
+    def reset_statistics(self) -> None:
+        share = 4 if isinstance(self.policy, KeepAll) else 3 if self.kept_sets == "question" else 2
+        held = {"peak_cross_kv_bytes": 10 * share, "cross_kv_byte_seconds": 100.4 * share, "cross_kv_bytes_read": 500 * share}
+        self.statistics, self.seconds = Statistics(**held), {"prefill": 1.0 * share, "decode": 0.5 * share}
+
+
 class FakeAnswerer:
-    """Answers color questions rightly and others wrongly, keeps half unless told to keep all, and sees as many tiles as the
-    scene's number."""
+    """Answers color questions rightly and, with all features, shape questions; keeps half unless
+    told to keep all; sees as many tiles as the scene's number."""
 
     calls: list[str]
     fail_at: str | None = None
@@ -31,18 +41,20 @@ class FakeAnswerer:
     def __init__(self, _: Path) -> None:
         FakeAnswerer.calls = []
 
-    def engine(self, policy: Policy, tower_tiles: str) -> Any:
-        FakeAnswerer.calls.append(repr(policy) + (", real tiles" if tower_tiles == "real" else ""))
+    def engine(self, policy: Policy, tower_tiles: str, kept_sets: str) -> Any:
+        FakeAnswerer.calls.append(f"{policy!r}, {tower_tiles} tiles, by {kept_sets}")
         if FakeAnswerer.fail_at and FakeAnswerer.fail_at in repr(policy):
             raise KeyboardInterrupt
-        seconds = {"tower": 3.0 if tower_tiles == "real" else 12.0}
-        return SimpleNamespace(batch=SimpleNamespace(policy=policy, seconds=seconds, statistics=Statistics(images_encoded=4)))
+        return SimpleNamespace(batch=FakeBatch(policy, kept_sets, 3.0 if tower_tiles == "real" else 12.0))
+
+    def encode(self, engine: Any, rows: list[Row]) -> None:
+        engine.batch.statistics.images_encoded = 4
 
     def answer(self, engine: Any, rows: list[Row]) -> Iterator[answerer.Answered]:
         kept = 64 if isinstance(engine.batch.policy, KeepAll) else 32
         for row in rows:
             said = Answer(
-                text=row.answer if row.kind == "color" else "no such answer",
+                text=row.answer if row.kind == "color" or (row.kind == "shape" and kept == 64) else "no such answer",
                 finish_reason="stop",
                 prompt_tokens=9,
                 output_tokens=3,
@@ -65,16 +77,29 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--model", str(tmp_path), "--output", str(tmp_path / "results"), "--easy-vqa", "50", "--scenes", "4"]
 
 
-def test_columns_are_full_then_each_k_with_its_controls() -> None:
-    assert list(table.labels())[:5] == ["full", "real-tiles", "trimmed-llama 0.25", "random 0.25", "grid 0.25"]
-    assert len(list(table.labels())) == 11
-    assert [label for label in table.labels() if table.tower_tiles_of(label) == "real"] == ["real-tiles"]
+def test_each_k_has_both_kinds_of_kept_sets_and_three_have_controls() -> None:
+    labels = list(table.labels())
+    assert labels[:6] == [
+        "full",
+        "real-tiles",
+        "trimmed-llama 0.4",
+        "by-question 0.4",
+        "trimmed-llama 0.25",
+        "by-question 0.25",
+    ]
+    assert labels[6:8] == ["random 0.25", "grid 0.25"]
+    assert len(labels) == 18
+    assert [label for label in labels if table.tower_tiles_of(label) == "real"] == ["real-tiles"]
+    assert {label for label in labels if table.kept_sets_of(label) == "question"} == {
+        f"by-question {k}" for k in table.K_RATIOS
+    }
 
 
 def test_controls_take_the_kept_fraction_that_was_measured() -> None:
     results = {"trimmed-llama 0.15": {"keep_fraction": 0.4567}}
     assert table.policy_of("full", results) == table.policy_of("real-tiles", results) == KeepAll()
     assert table.policy_of("trimmed-llama 0.15", results) == TrimmedLlama(k_ratio=0.15)
+    assert table.policy_of("by-question 0.15", results) == TrimmedLlama(k_ratio=0.15)
     assert table.policy_of("random 0.15", results) == Random(keep=0.4567)
     assert table.policy_of("grid 0.15", results) == Grid(keep=0.4567)
 
@@ -87,18 +112,50 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert list(scenes) == list(table.labels())
     assert scenes["full"]["kinds"]["color"] == {"rows": 4, "right": 4}
     assert scenes["full"]["rows"] == 24
-    assert scenes["full"]["tiles"] == {str(count): {"rows": 6, "right": 1} for count in (1, 2, 3, 4)}
-    assert scenes["full"]["accuracy"] == round(1 / 6, 4)
+    assert scenes["full"]["tiles"] == {str(count): {"rows": 6, "right": 2} for count in (1, 2, 3, 4)}
+    assert scenes["full"]["accuracy"] == round(2 / 6, 4)
+    assert scenes["full"]["lost"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert sum(table.each_right(scenes["full"])) == 8
+    # One row in six on every image: images that are all alike make no spread.
+    assert scenes["grid 0.15"]["lost"] == {"value": 0.16667, "low": 0.16667, "high": 0.16667}
     assert scenes["random 0.05"]["policy"] == "Random(keep=0.5, seed=0)"
     assert report["conditions"]["dtype"] == "float32"
     page = (tmp_path / "results/accuracy.md").read_text()
-    assert "| question | rows | full | real tiles | K = 0.25 | random |" in page
+    assert "| question | rows | full | real tiles | K = 0.25 | by question | random | grid | K = 0.15 |" in page
     assert "| color | 4 | 100.0 |" in page
-    assert "| on images of 3 tiles | 6 | 16.7 |" in page
+    assert "| on images of 3 tiles | 6 | 33.3 | 33.3 | 16.7 |" in page
+    assert "| lost |  |  | 0.0 (0.0 to 0.0) | 16.7 (16.7 to 16.7) |" in page
     assert "easy-vqa-test (50 on 1 tile): the tower takes 12.0 s for its 4 images, 3.0 s with real tiles." in page
-    assert "| all but captions | 20 | 20.0 |" in page
+    assert "| all but captions | 20 | 40.0 |" in page
     assert "| features kept |  | 100.0 | 100.0 | 50.0 |" in page
-    assert "- full: caption 0.0, count 0.0, letter 0.0, position 0.0, shape 0.0" in page
+    assert "| peak held |  | 1.00 × | 1.00 × | 0.50 × | 0.75 × | 0.50 × |" in page
+    assert "| seconds, prefill and decode |  | 1.00 × | 1.00 × | 0.50 × | 0.75 × | 0.50 × |" in page
+    assert "- full: caption 0.0, count 0.0, letter 0.0, position 0.0\n" in page
+    assert "saved" not in page
+
+
+def test_kept_sets_of_both_kinds_are_ranked_by_what_they_held() -> None:
+    same: table.Result = {
+        "accuracy": 0.8,
+        "keep_fraction": 0.3,
+        "lost": {"value": 0.01, "low": -0.005, "high": 0.025},
+        "cross_kv_byte_seconds": 10,
+        "cross_kv_bytes_read": 10,
+        "prefill_seconds": 1.0,
+        "decode_seconds": 1.0,
+    }
+    results = {label: same | {"kept_sets": table.kept_sets_of(label)} for label in table.labels()}
+    for place, (label, result) in enumerate(results.items()):
+        results[label] = result | {"peak_cross_kv_bytes": 1_000 - place}
+    results["by-question 0.05"]["peak_cross_kv_bytes"] = 2_000
+    heads, _, first, *others = table.kept_sets_table(results)
+    assert heads == (
+        "| K | a kept set for each | right | lost | features kept | peak held | byte-seconds held | bytes read in decoding "
+        "| seconds, prefill and decode |"
+    )
+    assert first == "| 0.05 | question | 80.0 | 1.0 (-0.5 to 2.5) | 30.0 | 2.00 × | 1.00 × | 1.00 × | 1.00 × |"
+    assert [line.split(" | ")[1] for line in others] == ["image", "question"] * 4 + ["image"]
+    assert [line.split(" | ")[0] for line in others[::2]] == [f"| {k}" for k in table.K_RATIOS]
 
 
 def test_a_stopped_measurement_is_continued_and_another_model_starts_anew(
@@ -109,12 +166,12 @@ def test_a_stopped_measurement_is_continued_and_another_model_starts_anew(
         table.main(arguments)
     monkeypatch.setattr(FakeAnswerer, "fail_at", None)
     assert table.main(arguments) == 0
-    assert FakeAnswerer.calls[0] == "TrimmedLlama(k_ratio=0.15)"
+    assert FakeAnswerer.calls[0] == "TrimmedLlama(k_ratio=0.15), all tiles, by image"
     assert table.main(arguments) == 0
     assert FakeAnswerer.calls == []
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     assert table.main(arguments) == 0
-    assert FakeAnswerer.calls[0] == "KeepAll()"
+    assert FakeAnswerer.calls[:2] == ["KeepAll(), all tiles, by image", "KeepAll(), real tiles, by image"]
 
 
 @pytest.mark.parametrize("changed", ["chat_template.jinja", "config.json", "model.safetensors"])

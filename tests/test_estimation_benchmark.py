@@ -38,7 +38,7 @@ def test_the_committed_files_are_what_the_code_computes(found: dict[str, Any]) -
 
 
 def test_every_stage_of_every_predicted_run_is_within_the_goal(found: dict[str, Any]) -> None:
-    assert len(found["predicted"]) == 9
+    assert len(found["predicted"]) == 10
     for name, run in found["predicted"].items():
         for stage in STAGES:
             assert abs(run["stages"][stage]["error"]) < GOAL, (name, stage)
@@ -71,6 +71,12 @@ def test_the_schedule_makes_the_steps_that_were_counted(found: dict[str, Any]) -
         assert run["decode_steps"]["predicted"] == pytest.approx(run["decode_steps"]["measured"], rel=0.1), name
 
 
+def test_the_cost_model_predicts_what_was_held(found: dict[str, Any]) -> None:
+    for name, run in found["predicted"].items():
+        held = run["peak_cross_kv_megabytes"]
+        assert held["predicted"] == pytest.approx(held["measured"], rel=0.15), name
+
+
 def test_a_benchmark_that_has_changed_is_refused(cpu: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"output tokens in cpu\.json"):
         cpu_runs({**cpu, "captioning": {**cpu["captioning"], "output_tokens": 1}})
@@ -81,7 +87,7 @@ def test_a_benchmark_that_has_changed_is_refused(cpu: dict[str, Any]) -> None:
 def test_a_gpus_table_is_taken_as_soon_as_there_is_one(cpu: dict[str, Any]) -> None:
     """Of the form that ``benchmarks.gpu`` writes; its seconds are a model's own, slowed down, so that the error is known."""
     conditions = {"model": {"hidden": 4096, "layers": 40}, "seed": 0, "hardware": "NVIDIA H200"}
-    counted = {"decode_steps": 95, "peak_sequences": 24}
+    counted = {"decode_steps": 95, "peak_sequences": 24, "peak_cross_kv_bytes": 1e9}
     contenders = {
         name: {**{f"{stage}_seconds": 1.0 for stage in STAGES}, "keep_fraction": keep, **counted}
         for name, keep in (("engine", 1.0), ("engine, trimmed", 0.5))

@@ -11,7 +11,7 @@ from trimming.costs import Cost
 
 def call(stage: Stage, *parts: tuple[int, int]) -> Call:
     costs = tuple(Cost(*part) for part in parts)
-    return Call(stage, sum(costs, Cost()), costs, 1)
+    return Call(stage, sum(costs, Cost()), costs, 1, 0)
 
 
 CALLS = [call("tower", (800, 10)), call("prefill", (400, 60)), call("decode", (40, 90)), call("decode", (60, 110))]

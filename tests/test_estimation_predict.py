@@ -14,6 +14,7 @@ from jobs.estimation.models import config_of
 from jobs.estimation.predict import Prediction, predict
 from jobs.estimation.schedule import STAGES, Engine
 from trimming.costs import Costs
+from trimming.engine import KeptSets
 
 JOB = Job(images=1_000_000, questions=1, tiles=DEFAULT_TILES, prompt=32, output=40, longest=80, batch_size=64)
 H100 = GPUS["h100"]
@@ -113,16 +114,53 @@ def test_memory_holds_more_rows_of_fewer_features(costs: Costs, machine: Machine
 
 
 @pytest.mark.parametrize("questions", [1, 3])
-@pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_the_steady_state_is_that_of_a_long_run(questions: int, keep: float, costs: Costs, machine: Machine) -> None:
-    """A run of 4,000 images, played through to its end, takes what its size times the steady state says."""
-    job = replace(JOB, images=4000, questions=questions)
+@pytest.mark.parametrize(("keep", "kept_sets"), [(1.0, "image"), (0.5, "image"), (0.5, "question")])
+def test_the_steady_state_is_that_of_a_long_run(
+    questions: int, keep: float, kept_sets: KeptSets, costs: Costs, machine: Machine
+) -> None:
+    """A run of 4,000 images, played through to its end, takes, holds and reads what its size times the steady state says."""
+    job = replace(JOB, images=4000, questions=questions, kept_sets=kept_sets)
     room = 3e9
-    engine = Engine(costs=costs, kv_bytes=room, max_sequences=64, shared=keep == 1)
-    whole = machine.by_stage(list(engine.calls(job.rows(4000 * questions, keep, costs.tokens))))
+    engine = Engine(costs=costs, kv_bytes=room, max_sequences=64, kept_sets=kept_sets)
+    calls = list(engine.calls(job.rows(4000 * questions, keep, costs.tokens)))
+    whole = machine.by_stage(calls)
     steady = estimate(job, costs, machine, keep, room=room)
     for stage in STAGES:
         assert 4 * steady.stages[stage].seconds == pytest.approx(whole[stage].seconds, rel=0.03), stage
+    read = sum(call.held for call in calls if call.stage == "decode")
+    held = sum(call.held * machine.time([call]).seconds for call in calls)
+    assert 4 * steady.cross_kv_bytes_read == pytest.approx(read, rel=0.03)
+    assert 4 * steady.cross_kv_byte_seconds == pytest.approx(held, rel=0.03)
+    assert steady.peak_cross_kv_bytes == pytest.approx(max(call.held for call in calls), rel=0.05)
+
+
+def test_what_an_image_with_six_questions_is_predicted_to_hold(costs: Costs, machine: Machine) -> None:
+    """By hand: one image of one tile, half of its 1,601 tokens kept, answers of three tokens, so that two steps are decoded."""
+    job = replace(JOB, images=1, questions=6, tiles={1: 1.0}, output=3, longest=3, batch_size=6)
+    token = 2 * 8 * 8 * 128 * 2
+    for keep, kept_sets, sets, kept in (
+        (1.0, "image", 1, 1601),
+        (1.0, "question", 1, 1601),
+        (0.5, "image", 1, 800),
+        (0.5, "question", 6, 800),
+    ):
+        found = estimate(replace(job, kept_sets=kept_sets), costs, machine, keep)  # type: ignore[arg-type]
+        assert found.peak_cross_kv_bytes == sets * kept * token
+        # For 1,000 images like it.
+        assert found.cross_kv_bytes_read == 1000 * 2 * sets * kept * token
+        seconds = found.stages["prefill"].seconds + found.stages["decode"].seconds
+        assert found.cross_kv_byte_seconds == pytest.approx(sets * kept * token * seconds)
+
+
+def test_trimming_pays_with_several_questions_only_where_they_share_a_set(costs: Costs, machine: Machine) -> None:
+    job = replace(JOB, questions=5)
+    full = estimate(job, costs, machine)
+    image = estimate(job, costs, machine, 0.6)
+    question = estimate(replace(job, kept_sets="question"), costs, machine, 0.6)
+    assert image.cross_kv_byte_seconds < 0.61 * full.cross_kv_byte_seconds < full.cross_kv_byte_seconds
+    assert question.cross_kv_byte_seconds > 1.5 * full.cross_kv_byte_seconds
+    assert image.stages["decode"].seconds < full.stages["decode"].seconds < question.stages["decode"].seconds
+    assert image.fits > full.fits > question.fits
 
 
 def test_hours_days_and_dollars_follow_from_the_seconds(costs: Costs, machine: Machine) -> None:
@@ -158,7 +196,10 @@ def test_options_move_what_they_should(costs: Costs, machine: Machine) -> None:
     five = estimate(replace(JOB, questions=5), costs, machine)
     assert five.stages["tower"].seconds == pytest.approx(base.stages["tower"].seconds, rel=0.05)
     assert five.stages["decode"].seconds > 3 * base.stages["decode"].seconds
-    anew = estimate(replace(JOB, questions=5, image_cache=False), costs, machine)
-    assert anew.stages["tower"].seconds > 4.5 * five.stages["tower"].seconds
+    # Without a cache, those that decide together still share their image's encoding.
+    anew = replace(JOB, questions=5, image_cache=False)
+    assert estimate(anew, costs, machine).stages["tower"].seconds == pytest.approx(five.stages["tower"].seconds)
+    each = estimate(replace(anew, kept_sets="question"), costs, machine)
+    assert each.stages["tower"].seconds > 4.5 * five.stages["tower"].seconds
     assert estimate(replace(JOB, output=1, longest=1), costs, machine).stages["decode"].seconds == 0
     assert estimate(replace(JOB, images=3), costs, machine).hours > 0

@@ -50,7 +50,8 @@ def texts(folder: Path) -> dict[str, str]:
 def test_a_calibration(
     shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every K's answers are those of a run of its own, images go through the tower once, and the result can be used."""
+    """Every K's answers are those of a run of its own, where an image's rows decide together; images go through the tower once;
+    what was held is each run's own; and the result can be used."""
     out = tmp_path / "out"
     arguments = given(shards, out, checkpoint_folder, "--target-agreement", "0.3", "--measure", "edit_similarity")
     assert calibrate.main(arguments) == 0
@@ -72,6 +73,17 @@ def test_a_calibration(
     assert [s["images_encoded"] for s in summaries] == [ROWS // 3, 0, 0, 0]
     assert found["points"][0]["agreement"] == 1.0
     assert found["points"][0]["effective_rows"] == ROWS // 3
+    # Rows about one image shared one set: what a K held falls like what it kept, and K = 1 held what all features did.
+    took = [found["full"], *(point["spent"] for point in found["points"])]
+    assert [one["peak_bytes"] for one in took] == [s["peak_cross_kv_bytes"] for s in summaries]
+    assert [one["byte_seconds"] for one in took] == [s["cross_kv_byte_seconds"] / ROWS for s in summaries]
+    assert took[0]["peak_bytes"] == took[1]["peak_bytes"] > took[2]["peak_bytes"] > took[3]["peak_bytes"] > 0
+    assert took[0]["own_bytes"] * ROWS > 2 * took[0]["peak_bytes"]
+    assert took[1]["of_full"] == pytest.approx(1, abs=0.1)
+    assert took[3]["of_full"] < took[2]["of_full"] < took[1]["of_full"]
+    assert "| all |" in said
+    assert "of 8 images with all their rows" in said
+    assert "WARNING" not in said
 
     # The configuration is one that the jobs take.
     written = yaml.safe_load((out / "config.yaml").read_text())
@@ -123,18 +135,21 @@ def test_a_calibration(
 def test_a_k_that_is_given_up_gets_no_more_rows(
     shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """Captions, four rows at a time."""
+    """Captions that each decide alone, four rows at a time, from rows drawn one by one."""
     from jobs.calibration import run
 
     monkeypatch.setattr(run, "ROWS_AT_ONCE", 4)
     out = tmp_path / "out"
-    more = ["--target-agreement", "0.85", "--prompt", "what is it"]
+    more = ["--target-agreement", "0.85", "--prompt", "what is it", "--kept-sets", "question"]
     assert calibrate.main(given(shards, out, checkpoint_folder, *more)) in (0, 4)
     points = json.loads((out / "calibration.json").read_text())["points"]
     assert points[-1]["given_up"]
     assert 4 <= points[-1]["rows"] < ROWS
     assert points[0]["rows"] == ROWS
-    assert f"given up after {points[-1]['rows']}" in (out / "calibration.md").read_text()
+    page = (out / "calibration.md").read_text()
+    assert f"given up after {points[-1]['rows']}" in page
+    assert "one for each question" in page
+    assert len(list((out / "runs/all").glob("*.parquet"))) == ROWS
     # And none when it is called again.
     files = len(list((out / "runs/k-0.05").glob("*.parquet")))
     calibrate.main(given(shards, out, checkpoint_folder, *more))
@@ -167,6 +182,7 @@ def test_a_calibration_on_s3(
         (["--k-ratios", "[0.5, 1.5]"], "must be shares above 0 and at most 1"),
         (["--measure", "bleu"], "measure"),
         (["--policy", "grid"], "policy"),
+        (["--kept-sets", "both"], "kept_sets"),
         (["--input", "/no/such/place"], "input='/no/such/place' does not exist"),
     ],
 )
@@ -180,16 +196,21 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--kept-sets", "question"]])
 def test_a_sample_too_small_to_show_anything_is_told_before_it_is_answered(
     shards: Path, checkpoint_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    """24 rows of the README's own target: even if all agreed."""
+    """24 rows about eight images, of the README's own target: even if all agreed."""
     assert calibrate.main([*given(shards, tmp_path / "out", checkpoint_folder), *options]) == calibrate.NOTHING_HOLDS
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 + ("question" not in options)
     assert "The sample is too small for 99.00% agreement" in captured.err
-    assert "its 24 rows show no more than 88.27% even if all agree; 299 rows could show it" in captured.err
+    if "question" in options:
+        assert "its 24 rows show no more than 88.27% even if all agree; 299 rows could show it" in captured.err
+    else:
+        worth = "its 24 rows are worth 8 independent ones, which show no more than 68.77% even if all agree"
+        assert f"{worth}; rows worth 299 could show it" in captured.err
     assert not (tmp_path / "out").exists()
 
 

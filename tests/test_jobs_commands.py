@@ -72,6 +72,7 @@ def test_importing_does_nothing() -> None:
         (["--keep", "0.5"], "keep=0.5 means nothing to policy='trimmed-llama'"),
         (["--policy", "none", "--k-ratio", "0.5"], "k_ratio=0.5 means nothing to policy='none'"),
         (["--policy", "best"], "policy"),
+        (["--kept-sets", "row"], "kept_sets"),
         (["--no-such-option", "1"], "no-such-option"),
         (["--top-p", "0.5"], "set a temperature"),
         (["--max-tiles", "0"], "max_tiles=0 must be at least 1"),
@@ -173,7 +174,9 @@ def test_the_summary_in_words() -> None:
         "cross_kv_bytes_full": 4 * 2**20, "cross_kv_bytes": 2**20, "mean_keep_fraction": 0.25, "accuracy": 0.5,
         "judged": 2, "device": "CPU, 2 threads", "dtype": "float32",
         "error_kinds": {"needs N of N": {"rows": 1, "ids": ["a"], "example": "needs 9 of 3"}},
-        "actor_seconds": 12.0, "gpu_seconds": 0.0,
+        "actor_seconds": 12.0, "gpu_seconds": 0.0, "seconds_per_stage": {"prefill": 4.0, "decode": 1.25},
+        "peak_cross_kv_bytes": 3 * 2**19, "cross_kv_byte_seconds": 3.0 * 2**20, "cross_kv_byte_seconds_full": 6.0 * 2**20,
+        "cross_kv_bytes_read": 2**30,
     }  # fmt: skip
     said = report.table(summary, "out")
     for line in (
@@ -181,9 +184,19 @@ def test_the_summary_in_words() -> None:
         "errors              1",
         "  1                 needs 9 of 3",
         "images/s per actor  0.2, once its model is loaded",
-        "KV saved            3.0 MiB (75.0%)",
+        "peak cross KV held  1.5 MiB, the most of one actor",
+        "cross KV held       3.0 MiB·s, 0.50 × what all features would have held meanwhile (by formula)",
+        "cross KV read       1.0 GiB in decoding",
+        "4.0 prefill, 1.2 decode",
+        "rows' own caches    1.0 MiB, with all features 4.0 MiB, as if no rows shared one",
     ):
         assert line in said
+    # Nothing is saved that the machine did not save.
+    assert "saved" not in said
+    assert "WARNING" not in said
+    more = report.table(summary | {"cross_kv_byte_seconds": 12.0 * 2**20}, "out")
+    assert "2.00 × what all features would have held" in more
+    assert "WARNING             " in more
     assert "accuracy            50.0% of 2" in said
     assert "accuracy" not in report.table(summary | {"accuracy": None}, "out")
     assert "GPU hours" not in said

@@ -105,6 +105,10 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     for said in (
         "10,000,000 images, 1 question each (default); 11b on 8 × NVIDIA H100 SXM",
         "K = 0.25 keeps 61.5% of the features (published for the 11b",
+        "kept     one set an image (default)",
+        "cross KV held, GB at most",
+        "GB s per 1,000 images",
+        "read, GB per 1,000 images",
         "80 GB, 3,350 GB/s, 989.5 TFLOP/s in bf16 (NVIDIA H100 Tensor Core GPU data sheet (2023))",
         "not calibrated: assumed shares of the data sheet's peaks (tower 50%, prefill 50%, decode 60%)",
         "s per 1,000 images, tower",
@@ -113,11 +117,31 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         "dollars, at $2.5 an hour",
         "where the time goes",
         "this is a model: ",
-        "largest error on the 9 measured runs",
+        "seconds and bytes are predicted",
+        "largest error on the ",
     ):
         assert said in out
     assert "####" in out
     assert max(len(line) for line in out.splitlines()[:-2]) < 128
+
+
+def test_a_set_a_question_is_predicted_to_hold_more_than_all_features_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (*H100, "--keep", "0.6", "--questions", "5", "--output-tokens", "16")
+    image = built(tmp_path, *asked)
+    said = capsys.readouterr().out
+    assert "WARNING" not in said
+    question = built(tmp_path, *asked, "--kept-sets", "question")
+    said = capsys.readouterr().out
+    assert "kept     one set a question\n" in said
+    times = question["trimmed"]["cross_kv_byte_seconds"] / question["full"]["cross_kv_byte_seconds"]
+    assert times > 1.5
+    assert f"WARNING: trimmed is predicted to hold {times:.2f} × all features' cross KV over time" in said
+    for name in ("peak_cross_kv_bytes", "cross_kv_byte_seconds", "cross_kv_bytes_read"):
+        assert image["full"][name] == pytest.approx(question["full"][name], rel=0.05)
+        # Over time a little less than 60 %, as decoding goes faster.
+        assert 0.55 < image["trimmed"][name] / image["full"][name] < 0.61
 
 
 def test_without_a_price_there_are_no_dollars(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +186,7 @@ def test_json_is_unrounded_and_adds_up(tmp_path: Path) -> None:
         ((*H100, "--from", "./missing"), "run './missing' holds no run"),
         ((*H100, "--json", "/missing/folder/file"), "No such file"),
         ((*H100, "--colour", "blue"), "colour"),
+        ((*H100, "--kept-sets", "both"), "kept_sets"),
         ((), "images"),
     ],
 )
@@ -281,6 +306,24 @@ def test_a_run_on_s3(tmp_path: Path, costs: Costs, s3: dict[str, Any]) -> None:
     here = built(tmp_path, *asked, "--from", str(tmp_path / "run"))
     assert there["full"] == here["full"]
     assert s3["secret"] not in json.dumps(there)
+
+
+@pytest.mark.parametrize("kept_sets", ["image", "question"])
+def test_who_decided_in_the_run_decides_in_the_estimate(kept_sets: str, tmp_path: Path, costs: Costs) -> None:
+    """Two questions an image: its decode steps read a set of each image, or of each row."""
+    policy = {"policy": "trimmed-llama", "k_ratio": 0.25, "kept_sets": kept_sets}
+    measured(tmp_path / "run", CPU, costs, keep=0.5, policy=policy)
+    run = read(str(tmp_path / "run"), {})
+    assert run.kept_sets == kept_sets
+    # 25 rows at once on average.
+    step = run.calls(costs)[-1]
+    kept = step.held / costs.kv_bytes(0, 1)
+    sets = {"image": 13, "question": 25}[kept_sets]
+    assert kept == pytest.approx(sets * 0.5 * 1.5 * costs.tokens, rel=0.05)
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"))
+    assert (found["job"]["kept_sets"], found["job_from"]["kept_sets"]) == (kept_sets, "the run's")
+    other = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"), "--kept-sets", "image")
+    assert other["trimmed"]["cross_kv_bytes_read"] < 0.6 * other["full"]["cross_kv_bytes_read"]
 
 
 def test_a_run_that_waited_for_rows_is_told(tmp_path: Path, costs: Costs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,33 +5,48 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from pipeline import metrics, schema
 from pipeline.actor import Answerer
+from pipeline.attempts import Attempts
 from pipeline.decoder import Decoder
 from pipeline.images import Tiler
 from pipeline.plan import make_plan
 from pipeline.source import UnitReader, block_rows
+from trimming.engine import groups
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def answer(
-    config: Any, table: pa.Table, tmp_path: Any, engine: Callable[[Any], None] | None = None, **fields: Any
+    config: Any,
+    table: pa.Table,
+    tmp_path: Any,
+    engine: Callable[[Any], None] | None = None,
+    deaths: Sequence[Sequence[int]] = (),
+    **fields: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Writes ``table`` as a shard and runs its one unit through reader and actor; rows and statistics."""
+    """Writes ``table`` as a shard and runs its one unit through reader and actor; rows and statistics.
+
+    ``deaths``: which rows (places) were next each time that an actor died over the unit.
+    """
     pq.write_table(table, tmp_path / "shard.parquet")
     plan = make_plan(config(**{"input": str(tmp_path / "shard.parquet"), "output": str(tmp_path / "out"), **fields}))
     (unit,) = plan.units
     reports: list[tuple[int, int]] = []
-    actor = Answerer(plan.config, plan.columns, plan.checkpoint, lambda rows, errors: reports.append((rows, errors)))
+    log = Attempts()
+    for rows in deaths:
+        log.begin(unit.name)
+        log.at(unit.name, rows)
+    actor = Answerer(plan.config, plan.columns, plan.checkpoint, lambda rows, errors: reports.append((rows, errors)), log)
     if engine:
         engine(actor.engine)
     (block,) = UnitReader(plan.input, plan.columns)(unit)
@@ -104,6 +119,10 @@ def test_every_row_comes_out_in_order(config: Any, table: pa.Table, tmp_path: An
     assert stats["images"] == 7
     assert stats["keep_fraction_rows"] == 6
     assert set(stats["seconds"]) == {"load", "read", "examine", "decode_images", "tower", "prefill", "decode"}
+    working = sum(stats["seconds"][stage] for stage in ("tower", "prefill", "decode"))
+    assert 0 < stats["cross_kv_byte_seconds"] <= stats["peak_cross_kv_bytes"] * working
+    assert stats["cross_kv_byte_seconds"] < stats["cross_kv_byte_seconds_full"]
+    assert stats["cross_kv_bytes_read"] > 0
 
 
 def test_batches_equal_single_rows(config: Any, table: pa.Table, tmp_path: Any) -> None:
@@ -292,7 +311,154 @@ def test_equal_images_are_decoded_and_encoded_once(
     assert 0 < stats["peak_cross_kv_bytes"] <= stats["peak_kv_bytes"]
     apart, stats = answer(config, table, tmp_path, image_cache_gib=0.0)
     assert apart == rows
+    # What decides together needs no cache.
+    assert (stats["images_encoded"], stats["image_hits"]) == (3, 6)
+    _, stats = answer(config, table, tmp_path, image_cache_gib=0.0, kept_sets="question")
     assert (stats["images_encoded"], stats["image_hits"]) == (9, 0)
+
+
+QUESTIONS = ["how many", "what is this", "describe this image.", "what is this image", "how is this many"]
+
+
+@pytest.fixture
+def about_images(picture: Callable[..., bytes]) -> pa.Table:
+    """Five questions about each of six images of one to three tiles, and five without an image; ids tell image and question."""
+    files = [picture(100 + 120 * (i % 3), 80, seed=i) for i in range(6)]
+    asked = [(i, q) for i in range(7) for q in range(len(QUESTIONS))]
+    return pa.table(
+        {
+            "image": pa.array([files[i] if i < 6 else None for i, _ in asked], pa.binary()),
+            "question": [QUESTIONS[q] for _, q in asked],
+            "id": [f"{i}/{q}" for i, q in asked],
+        }
+    )
+
+
+def interleaved(table: pa.Table) -> pa.Table:
+    """Rows of one image as far apart as they can be."""
+    return table.take([row for first in range(len(QUESTIONS)) for row in range(first, len(table), len(QUESTIONS))])
+
+
+def said(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What must not depend on anything but the rows, by id."""
+    return {row["id"]: (row["text"], row["output_tokens"], row["kept"], row["error"]) for row in rows}
+
+
+def kept(rows: Sequence[dict[str, Any]]) -> dict[str, list[list[int]]]:
+    """The kept positions of each image's rows."""
+    found: dict[str, list[list[int]]] = {}
+    for row in rows:
+        if row["images"] and row["error"] is None:
+            found.setdefault(row["image_digest"], []).append(row["kept"])
+    return found
+
+
+@pytest.mark.parametrize("kept_sets", ["image", "question"])
+def test_answers_and_kept_sets_depend_on_the_rows_alone(
+    config: Any, about_images: pa.Table, tmp_path: Any, kept_sets: str
+) -> None:
+    fields = {"kept_sets": kept_sets, "write_kept": True, "max_new_tokens": 12}
+    rows, stats = answer(config, about_images, tmp_path, **fields)
+    assert stats["errors"] == 0
+    assert len({row["text"] for row in rows}) > 10
+    # Rows of an image need not be neighbours, nor decode at once, and memory may be short of what all of them take.
+    apart, _ = answer(config, interleaved(about_images), tmp_path, **fields)
+    assert [row["id"] for row in apart] == interleaved(about_images)["id"].to_pylist()
+    assert said(apart) == said(rows)
+    for batch_size in (1, 4):
+        assert answer(config, about_images, tmp_path, batch_size=batch_size, **fields)[0] == rows
+    short, some = answer(config, about_images, tmp_path, kv_gib=stats["peak_kv_bytes"] / 3 / 2**30, **fields)
+    assert short == rows
+    assert some["peak_kv_bytes"] < stats["peak_kv_bytes"] / 2
+    # Two actors have died; now one group at a time is answered.
+    assert answer(config, interleaved(about_images), tmp_path, deaths=[(), ()], **fields)[0] == apart
+    for sets in kept(rows).values():
+        assert len(sets) == len(QUESTIONS)
+        assert (len(set(map(tuple, sets))) == 1) is (kept_sets == "image")
+
+
+def test_a_question_alone_decides_as_one_that_decides_for_itself(config: Any, about_images: pa.Table, tmp_path: Any) -> None:
+    rows, _ = answer(config, about_images, tmp_path, write_kept=True, kept_sets="question")
+    for kept_sets in ("image", "question"):
+        alone, _ = answer(config, about_images.slice(7, 1), tmp_path, write_kept=True, kept_sets=kept_sets)
+        assert alone == [rows[7]]
+
+
+def test_more_rows_about_an_image_than_decide_together(config: Any, picture: Callable[..., bytes], tmp_path: Any) -> None:
+    """Of two units side by side; a group of each is more than an actor of ``batch_size=1`` takes ahead."""
+    words = ["how", "many", "what", "is", "this", "image"]
+    asked = [f"{a} {b} {c}" for a in words for b in words for c in words][:140]
+    table = pa.table({"image": [picture(seed=3)] * 140, "question": asked, "id": [f"{i:03d}" for i in range(140)]})
+    pq.write_table(table, tmp_path / "shard.parquet", row_group_size=70)
+    settings = {"input": str(tmp_path / "shard.parquet"), "output": str(tmp_path / "out"), "unit_rows": 70}
+    found: list[list[dict[str, Any]]] = []
+    for batch_size in (1, 256):
+        plan = make_plan(config(**settings, batch_size=batch_size, write_kept=True))
+        actor = Answerer(plan.config, plan.columns, plan.checkpoint)
+        blocks = [block for unit in plan.units for block in UnitReader(plan.input, plan.columns)(unit)]
+        with ThreadPoolExecutor(2) as pool:
+            units = [rows.to_pylist() for out in pool.map(actor, blocks) for _, rows, _ in block_rows([out])]
+        for rows in units:
+            assert [row["error"] for row in rows] == [None] * 70
+            parts = groups([[row["image_digest"]] for row in rows], [row["prompt_tokens"] for row in rows])
+            assert [len(part) for part in parts] == [35, 35]
+            assert all(rows[place]["kept"] == rows[part[0]]["kept"] for part in parts for place in part)
+        found.append([row for rows in units for row in rows])
+    assert found[0] == found[1]
+
+
+def test_an_image_that_cannot_be_decoded_fails_its_rows_alone(config: Any, about_images: pa.Table, tmp_path: Any) -> None:
+    rows, _ = answer(config, interleaved(about_images), tmp_path, write_kept=True)
+    whole = about_images["image"][5].as_py()
+    cells = [cell[:-40] if cell == whole else cell for cell in about_images["image"].to_pylist()]
+    broken = about_images.set_column(0, "image", pa.array(cells, pa.binary()))
+    found, stats = answer(config, interleaved(broken), tmp_path, write_kept=True)
+    assert stats["errors"] == len(QUESTIONS)
+    for row, before in zip(found, rows, strict=True):
+        if row["id"].startswith("1/"):
+            assert "can't be decoded" in row["error"]
+        else:
+            assert row == before
+    assert len({row["error"] for row in found}) == 2
+
+
+def test_a_prompt_that_cannot_be_run_fails_alone(
+    config: Any, about_images: pa.Table, tmp_path: Any, checkpoint_folder: str
+) -> None:
+    """Its tokenizer knows a word that the model has no embedding for; the image's other rows decide together without it."""
+    shutil.copytree(checkpoint_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens([f"unheard{i}" for i in range(8)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    questions = about_images["question"].to_pylist()
+    fields = {"model": str(tmp_path / "model"), "write_kept": True}
+    kept_back = [place for place in range(len(about_images)) if place != 7]
+    rows, stats = answer(config, about_images.take(kept_back), tmp_path, **fields)
+    assert stats["errors"] == 0
+    questions[7] = "how many unheard7"
+    found, stats = answer(config, about_images.set_column(1, "question", [questions]), tmp_path, **fields)
+    assert "has a token outside of the vocabulary" in found[7]["error"]
+    assert stats["errors"] == 1
+    assert [found[place] for place in kept_back] == rows
+
+
+def test_rows_that_kill_their_actor_are_left_out(config: Any, about_images: pa.Table, tmp_path: Any) -> None:
+    """A question met as it was examined; a group as it was answered, whole."""
+    table = interleaved(about_images)
+    place = {id: number for number, id in enumerate(table["id"].to_pylist())}
+    group = [place[f"2/{question}"] for question in range(len(QUESTIONS))]
+    fields: dict[str, Any] = {"write_kept": True, "kept_sets": "image"}
+    rows, _ = answer(config, table, tmp_path, **fields)
+    for deaths, lethal in (([(), (), group, group], group), ([(), (), [place["4/1"]], [place["4/1"]]], [place["4/1"]])):
+        found, stats = answer(config, table, tmp_path, deaths=deaths, **fields)
+        assert [n for n, row in enumerate(found) if row["error"] is not None] == sorted(lethal)
+        assert all(row["error"].startswith("left out, as the actor died each time") for row in found if row["error"])
+        assert stats["errors"] == len(lethal)
+        # Its image's other rows decide without a row that is left out, as they do where it was never there.
+        others = table.take([n for n in range(len(table)) if n not in lethal])
+        assert [row for row in found if row["error"] is None] == answer(config, others, tmp_path, **fields)[0]
+        same = [n for n, row in enumerate(found) if row["error"] is None and not row["id"].startswith("4/")]
+        assert [found[n] for n in same] == [rows[n] for n in same]
 
 
 def test_units_side_by_side_share_one_engine(config: Any, picture: Callable[..., bytes], tmp_path: Any) -> None:

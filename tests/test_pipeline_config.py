@@ -110,3 +110,4 @@ def test_a_default_and_its_value_decide_the_same_output() -> None:
     assert RunConfig(**GIVEN).decides_output() == RunConfig(**GIVEN, batch_size=3, num_actors=7).decides_output()
     assert RunConfig(**GIVEN).decides_output() != RunConfig(**GIVEN, k_ratio=0.5).decides_output()
     assert RunConfig(**GIVEN).decides_output() != RunConfig(**GIVEN, max_tiles=2).decides_output()
+    assert RunConfig(**GIVEN).decides_output() != RunConfig(**GIVEN, kept_sets="question").decides_output()

@@ -21,7 +21,8 @@ class Speaker:
     def speak(self) -> None:
         kinds = {"no such file": {"rows": 2, "ids": ["a", "b"]}}
         stats = {"rows": 8, "output_tokens": 50, "images_encoded": 3, "image_hits": 0, "error_kinds": kinds}
-        self.gauges.unit({**stats, "keep_fraction_sum": 3.0, "keep_fraction_rows": 6})
+        held = {"cross_kv_byte_seconds": 1.5, "cross_kv_bytes_read": 4000, "peak_cross_kv_bytes": 3000}
+        self.gauges.unit({**stats, **held, "keep_fraction_sum": 3.0, "keep_fraction_rows": 6})
         self.gauges.running(4)
 
 
@@ -36,6 +37,9 @@ def test_rays_metrics_have_ours(ray_cluster: str) -> None:
         "errors_total": "4.0",
         "output_tokens_total": "100.0",
         "images_encoded_total": "6.0",
+        "cross_kv_byte_seconds_total": "3.0",
+        "cross_kv_bytes_read_total": "8000.0",
+        "peak_cross_kv_bytes": "3000.0",
         "keep_fraction": "0.5",
         "sequences": "4.0",
     }

@@ -155,6 +155,18 @@ def test_the_bill_adds_up_or_is_unknown() -> None:
     assert mixed["actor_seconds"] is mixed["gpu_seconds"] is None
 
 
+def test_what_was_held_adds_up_or_is_unknown() -> None:
+    counted = {"cross_kv_byte_seconds": 10.5, "cross_kv_byte_seconds_full": 20.0, "cross_kv_bytes_read": 100}
+    first, second = STATS | counted | {"peak_cross_kv_bytes": 7}, STATS | counted | {"peak_cross_kv_bytes": 9}
+    total = record.summarise([first, second])
+    assert {name: total[name] for name in counted} == {name: 2 * value for name, value in counted.items()}
+    assert total["peak_cross_kv_bytes"] == 9
+    # A unit without them, from before they were counted: the others' sum would pass for the whole.
+    mixed = record.summarise([first, second, STATS])
+    assert [mixed[name] for name in counted] == [None] * 3
+    assert mixed["peak_cross_kv_bytes"] == 9
+
+
 def unit_file(number: int) -> str:
     return f"shard-0123456789-{number:07d}-{number + 1:07d}.parquet"
 

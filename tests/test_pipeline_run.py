@@ -150,17 +150,21 @@ def test_ids_follow_from_shard_and_row(config: Any, picture: Callable[..., bytes
 def test_questions_about_one_image_stay_in_one_unit(config: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:
     pictures = [picture(60, 80, seed=i) for i in range(6)]
     cells = [{"bytes": pictures[i // 5], "path": f"{i}.png"} for i in range(30)]
-    table = pa.table({"image": cells, "question": ["how many"] * 30, "id": [f"{i:02d}" for i in range(30)]})
+    questions = ["how many", "what is this", "describe this image.", "what image is this", "how is this"] * 6
+    table = pa.table({"image": cells, "question": questions, "id": [f"{i:02d}" for i in range(30)]})
     pq.write_table(table, tmp_path / "in.parquet")
     out = tmp_path / "out"
-    settings = {"input": str(tmp_path / "in.parquet"), "output": str(out), "unit_rows": 8}
+    settings = {"input": str(tmp_path / "in.parquet"), "output": str(out), "unit_rows": 8, "write_kept": True}
     summary = graph.run(make_plan(config(**settings)))
     assert (summary["rows"], summary["errors"], summary["units"]) == (30, 0, 4)
     files = {path: pq.read_table(path) for path in sorted(out.glob("*.parquet"))}
     # Named by the nominal range, cut between images.
     assert [path.stem[-15:] for path in files] == ["0000000-0000007", "0000007-0000015", "0000015-0000022", "0000022-0000030"]
     assert [t.num_rows for t in files.values()] == [10, 5, 10, 5]
-    assert [i for t in files.values() for i in t["id"].to_pylist()] == table["id"].to_pylist()
+    rows = [row for t in files.values() for row in t.to_pylist()]
+    assert [row["id"] for row in rows] == table["id"].to_pylist()
+    # Which are so all that decide together.
+    assert all(row["kept"] == rows[number // 5 * 5]["kept"] for number, row in enumerate(rows))
 
     # A unit that is done again ends where its neighbours, which are not, began.
     list(files)[1].unlink()
@@ -175,6 +179,36 @@ def test_questions_about_one_image_stay_in_one_unit(config: Any, picture: Callab
     with pytest.raises(ValueError, match="has 29 rows instead of 30"):
         graph.run(make_plan(config(**settings)))
     assert not (out / ".run/summary.json").exists()
+
+
+def test_rows_of_an_image_that_row_groups_part_decide_in_each_unit(
+    config: Any, picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """A row group's edge parts an image's rows 0 and 1 from 2 to 4: each unit decides, and again the same when done again."""
+    questions = ["how many", "what is this", "describe this image.", "what image is this", "how is this"]
+    table = pa.table({"image": [picture(60, 80)] * 5, "question": questions, "id": list("abcde")})
+    pq.write_table(table, tmp_path / "in.parquet")
+    with pq.ParquetWriter(tmp_path / "in.parquet", table.schema) as writer:
+        writer.write_table(table.slice(0, 2))
+        writer.write_table(table.slice(2))
+    settings = {"input": str(tmp_path / "in.parquet"), "write_kept": True, "unit_rows": 3}
+    graph.run(make_plan(config(**settings, output=str(tmp_path / "out"))))
+    rows = read(tmp_path / "out")
+    a, b, c, d, e = rows["kept"].to_pylist()
+    assert a == b
+    assert c == d == e
+    assert a != c
+
+    next(iter(sorted((tmp_path / "out").glob("*.parquet")))).unlink()
+    (tmp_path / "out/.run/summary.json").unlink()
+    graph.run(make_plan(config(**settings, output=str(tmp_path / "out"))))
+    assert read(tmp_path / "out") == rows
+    # In one unit all five decide together.
+    pq.write_table(table, tmp_path / "in.parquet")
+    graph.run(make_plan(config(**settings | {"unit_rows": 5}, output=str(tmp_path / "whole"))))
+    assert len(set(map(tuple, read(tmp_path / "whole")["kept"].to_pylist()))) == 1
+    with pytest.raises(RefusalError, match=r"differs in kept_sets \('image' there, 'question' here\)"):
+        make_plan(config(**settings | {"unit_rows": 5}, output=str(tmp_path / "whole"), kept_sets="question"))
 
 
 def test_paths_as_images(config: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:

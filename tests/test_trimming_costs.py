@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -18,9 +19,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from tests import tiny
 from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.costs import Cost, Costs, Look, Stages
-from trimming.engine import Engine, Image, Request
+from trimming.engine import Engine, Image, KeptSets, Request
 from trimming.engine.onednn import OneDnnLinear
-from trimming.engine.sequence import Sequence_
+from trimming.engine.sequence import Encoded, Sequence_
 from trimming.engine.vision import Tower
 from trimming.policies.policy import Where
 
@@ -101,6 +102,17 @@ def counted(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, int]:
     return result, counter.get_total_flops()
 
 
+@dataclass(frozen=True)
+class Watching:
+    """In the place of ``Prefill``. What only decides is costed at nothing, and not counted either."""
+
+    prefill: Callable[[Sequence[Sequence_]], Tensor]
+    decide: Callable[[Sequence[Sequence_]], None]
+
+    def __call__(self, sequences: Sequence[Sequence_]) -> Tensor:
+        return self.prefill(sequences)
+
+
 class Watched:
     """An engine whose every call of tower, prefill and decoding is counted, and costed from what it was called with.
 
@@ -114,7 +126,7 @@ class Watched:
         self.calls: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self._encode, self._prefill, self._step = self.engine.tower.encode, self.engine.prefill, self.engine.decode.step
         self.engine.tower.encode = self.encode  # type: ignore[method-assign]
-        self.engine.prefill = self.prefill  # type: ignore[assignment]
+        self.engine.prefill = Watching(self.prefill, self._prefill.decide)  # type: ignore[assignment]
         self.engine.decode.step = self.step  # type: ignore[method-assign]
 
     def encode(self, images: Sequence[Image]) -> Tensor:
@@ -125,23 +137,28 @@ class Watched:
         return features
 
     def prefill(self, sequences: Sequence[Sequence_]) -> Tensor:
-        new = {id(e): len(e.features) for s in sequences for e in s.encoded if e.first is None}
+        encoded = {id(s): list(s.group.encoded) for s in sequences}
+        new = {id(e): len(e.features) for own in encoded.values() for e in own if e.first is None}
         there = {id(s.segment) for s in self.engine.decode.running}
         logits, operations = counted(self._prefill, sequences)
-        sets = {id(s.segment): len(s.trim.kept) for s in sequences if s.segment is not None and id(s.segment) not in there}
-        later = sum(sets.values())
+        # Of an image's features those that any new set holds.
+        kept: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
+        for s in sequences:
+            if s.segment is not None and id(s.segment) not in there:
+                kept[tuple(map(id, encoded[id(s)]))].update(s.trim.kept.tolist())
+        later = sum(map(len, kept.values()))
         scoring = self.policy.where == "first_layer"
         cost = self.costs.cross_kv(sum(new.values()) if scoring else later, later)
-        looks = [look for s in sequences for look in self.looks(s, scoring)]
+        looks = [look for s in sequences for look in self.looks(s, encoded[id(s)], scoring)]
         cost += self.costs.prefill([len(s.request.tokens) for s in sequences], looks)
         self.calls["prefill"].append((operations, cost.operations))
         return logits
 
-    def looks(self, sequence: Sequence_, scoring: bool) -> Iterator[Look]:
+    def looks(self, sequence: Sequence_, encoded: Sequence[Encoded], scoring: bool) -> Iterator[Look]:
         axis = tiny.TILES * self.costs.tokens
         for span in sequence.spans:
             (a, b), (c, d) = span.rows, span.images
-            seen = sum(e.tiles for e in sequence.encoded[c:d]) * self.costs.tokens
+            seen = sum(e.tiles for e in encoded[c:d]) * self.costs.tokens
             kept = int(((sequence.trim.kept >= c * axis) & (sequence.trim.kept < d * axis)).sum())
             yield Look(b - a, seen if scoring else kept, kept)
 
@@ -151,8 +168,17 @@ class Watched:
         sharing = Counter(s.segment for s in decode.running if s.segment is not None)
         looks = [Look(rows, segment.layers[0].rows, segment.layers[0].rows) for segment, rows in sharing.items()]
         logits, operations = counted(self._step)
-        self.calls["decode"].append((operations, self.costs.decode(lengths, looks).operations))
+        self.calls["decode"].append((operations - self.padding(), self.costs.decode(lengths, looks).operations))
         return logits
+
+    def padding(self) -> int:
+        """Operations of the last step on what pads segments that go through one product: two products of every head."""
+        text = self.engine.model.config.text_config
+        shut = 0
+        for bundle in self.engine.decode._members[0].bundles:
+            sharers = bundle.size[1]
+            shut += sum(sharers * int((mask < 0).sum()) // self.costs.geometry.kv_heads for mask in bundle.masks)
+        return 2 * 2 * text.hidden_size * shut
 
     def total(self, stage: str) -> int:
         return sum(operations for operations, _ in self.calls[stage])
@@ -238,10 +264,13 @@ def test_tower_operations_at_11b(tiles: int, tower_tiles: Any) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name_of)
 @pytest.mark.parametrize("max_sequences", [1, 8])
-def test_questions_that_share_an_image(model: MllamaForConditionalGeneration, policy: Policy, max_sequences: int) -> None:
+@pytest.mark.parametrize("kept_sets", ["image", "question"])
+def test_questions_that_share_an_image(
+    model: MllamaForConditionalGeneration, policy: Policy, max_sequences: int, kept_sets: KeptSets
+) -> None:
     shared = image(model, 3, "shared")
     asked = [request(model, str(i), [shared], after=3 + i) for i in range(4)]
-    watched = Watched(model, policy, max_sequences=max_sequences)
+    watched = Watched(model, policy, max_sequences=max_sequences, kept_sets=kept_sets)
     watched.engine.generate(asked)
 
     assert len(watched.calls["tower"]) == 1
@@ -258,17 +287,57 @@ class Drawn(Random):
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize(("images", "questions"), [(1, 1), (3, 1), (2, 3)])
-def test_a_batch_by_stage(model: MllamaForConditionalGeneration, keep: float, images: int, questions: int) -> None:
+@pytest.mark.parametrize("kept_sets", ["image", "question"])
+def test_a_batch_by_stage(
+    model: MllamaForConditionalGeneration, keep: float, images: int, questions: int, kept_sets: KeptSets
+) -> None:
     shown = [image(model, 2, f"image {i}") for i in range(images)]
     asked = [request(model, f"{i}/{j}", [shown[i]], new=5) for i in range(images) for j in range(questions)]
-    watched = Watched(model, Drawn(keep))
-    watched.engine.generate(asked)
+    watched = Watched(model, Drawn(keep), kept_sets=kept_sets)
+    kept = [set(completion.trim.kept.tolist()) for completion in watched.engine.generate(asked)]
 
-    prompt = len(asked[0].tokens)
-    stages = watched.costs.batch(tiles=2, prompt=prompt, output=5, keep=keep, images=images, questions=questions, before=3)
+    prompt, costs = len(asked[0].tokens), watched.costs
+    stages = costs.batch(
+        tiles=2, prompt=prompt, output=5, keep=keep, images=images, questions=questions, before=3, kept_sets=kept_sets
+    )
     assert watched.total("tower") == (stages.tower + stages.projector).operations
-    assert watched.total("prefill") == (stages.cross_kv + stages.prefill).operations
+    # Sets that were drawn overlap more than is taken.
+    unions = sum(len(set().union(*kept[i * questions : (i + 1) * questions])) for i in range(images))
+    seen = images * 2 * costs.tokens
+    overlap = stages.cross_kv.operations - costs.cross_kv(seen, unions).operations
+    assert watched.total("prefill") == (stages.cross_kv + stages.prefill).operations - overlap
+    assert overlap >= 0
+    assert not overlap or (kept_sets == "question" and questions > 1 and keep < 1)
     assert watched.total("decode") == stages.decode.operations
+
+
+def test_six_questions_an_image_by_hand() -> None:
+    """Of the 11B: 8 cross-attention layers of 8 heads of keys of 128, in bf16; two tiles of 1,601 tokens; 60 % of them stay."""
+    costs = Costs(CONFIG_11B)
+    visual, kept = 3202, 1921
+    asked: dict[str, Any] = {"tiles": 2, "prompt": 30, "output": 2, "questions": 6, "images": 2}
+    # Of one token in one layer: to project it to keys and values, and to hold them.
+    project, bytes_held = 2 * 4096 * 2 * 1024, 2 * 8 * 128 * 2
+    full = costs.batch(**asked)
+    image = costs.batch(**asked, keep=0.6)
+    question = costs.batch(**asked, keep=0.6, kept_sets="question")
+    assert costs.batch(**asked, kept_sets="question").cross_kv == full.cross_kv
+    assert full.cross_kv.operations == 2 * visual * 8 * project
+    # The first layer sees all; the seven behind it one set an image.
+    assert image.cross_kv.operations == 2 * (visual + 7 * kept) * project
+    # Six sets of 60 %: together no more than all.
+    assert question.cross_kv.operations == full.cross_kv.operations
+    # One step: 2 images' sets are read, or 12 sets.
+    less = full.decode.bytes - image.decode.bytes
+    assert less == 2 * (visual - kept) * 8 * bytes_held
+    assert question.decode.bytes - image.decode.bytes == 10 * kept * 8 * bytes_held
+    # Each of the 12 rows attends to as much either way, and less than to all: two products, over 4,096 channels.
+    assert question.decode.operations == image.decode.operations
+    assert full.decode.operations - image.decode.operations == 12 * (visual - kept) * 8 * 2 * 2 * 4096
+    assert question.prefill.operations == image.prefill.operations < full.prefill.operations
+    # In a prefill keys are read once for all six prompts that decide together.
+    assert question.prefill.bytes - image.prefill.bytes == 10 * (visual + 7 * kept) * bytes_held
+    assert image.tower == question.tower == full.tower
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------------
@@ -326,6 +395,10 @@ class Touched(TorchDispatchMode):
         # Under inference mode composite operations arrive whole.
         if function.overloadpacket is torch.ops.aten.scaled_dot_product_attention:
             self.kv_bytes += args[1].nbytes + args[2].nbytes
+        if function.overloadpacket is torch.ops.aten.index_select:
+            # Keys or values that are gathered; what pads them is read again.
+            memory, _, places = args
+            self.kv_bytes += len(places.unique()) * memory[0].nbytes
         return function(*args, **(kwargs or {}))
 
 

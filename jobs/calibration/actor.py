@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.source import UnitReader, block_rows
 from pipeline.units import Unit
 
 READERS = 16
-"""Rows that are read, and written, at once: stores take their time over each."""
+"""Units that are read, and written, at once: stores take their time over each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,10 @@ class Calibrator(Answerer):
     def answer(self, reader: UnitReader, units: Sequence[Unit], runs: Sequence[Asked]) -> dict[str, dict[str, str | None]]:
         """Writes each run's files and markers of ``units``. Each run's new texts by id, None for a row with an error."""
         texts: dict[str, dict[str, str | None]] = {run.name: {} for run in runs}
-        for some in self._together(units):
+        # A unit has one image: the engine holds these encoded from the first run to the last.
+        room = self._room()
+        for start in range(0, len(units), room):
+            some = units[start : start + room]
             wanted = {unit.name: unit for unit in some if any(unit.name not in run.finished for run in runs)}
             with ThreadPoolExecutor(READERS) as pool:
                 blocks = dict(zip(wanted, pool.map(lambda unit: reader(unit)[0], wanted.values()), strict=True))
@@ -52,7 +55,10 @@ class Calibrator(Answerer):
             return {}
         if self.refused is None:
             self.engine.batch.use(build_policy(run.config))
-        # All at once: a unit is one row.
+            # A run's peaks are its own.
+            self.engine.batch.reset_statistics()
+            self.accounted = {}
+        # All at once: a unit is one row, or the rows of one image.
         with ThreadPoolExecutor(len(blocks)) as pool:
             done = list(pool.map(self, blocks))
         texts: dict[str, str | None] = {}
@@ -67,22 +73,10 @@ class Calibrator(Answerer):
         writer(unit, rows, stats)
         return rows
 
-    def _together(self, units: Sequence[Unit]) -> Iterator[list[Unit]]:
-        """Units whose images the engine can hold encoded, all of them, from the first run to the last."""
-        rows = self._room()
-        some: list[Unit] = []
-        for unit in units:
-            if some and sum(u.rows for u in some) + unit.rows > rows:
-                yield some
-                some = []
-            some.append(unit)
-        if some:
-            yield some
-
-    def _room(self) -> float:
-        """Images of all tiles that the cache has room for, with the first cross-attention layer's keys and values."""
+    def _room(self) -> int:
+        """Images of all tiles that the cache has room for, with the first cross-attention layer's keys and values; or 1."""
         if self.refused is not None:
-            return 1.0
+            return 1
         batch = self.engine.batch
         token = batch.model.config.text_config.hidden_size + 2 * batch.geometry.kv_heads * batch.geometry.head_dim
-        return batch.images.limit_bytes / (batch.tower.max_tiles * batch.tower.tokens * token * batch.memory.itemsize)
+        return max(1, batch.images.limit_bytes // (batch.tower.max_tiles * batch.tower.tokens * token * batch.memory.itemsize))

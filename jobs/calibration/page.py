@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.calibration.bound import lower_bound, size_that_would_show
-from jobs.calibration.run import Calibration, Point, Target
-from jobs.report import count, size
+from jobs.calibration.run import ROWS_AT_ONCE, Calibration, Point, Spent, Target
+from jobs.report import HOLDS_MORE, MORE, count, size
 
 MEASURES = {
     "exact": "texts that are equal",
@@ -25,7 +25,7 @@ def verdict(found: Calibration) -> str:
         (point,) = (p for p in found.points if p.k_ratio == found.chosen)
         return (
             f"K = {point.k_ratio:g} is the smallest that holds {asked}: {point.agreement:.2%} measured, at least "
-            f"{point.at_least:.2%}; it keeps {point.keep_fraction:.1%} of the features."
+            f"{point.at_least:.2%}; it keeps {point.keep_fraction:.1%} of the features{_held(point.spent)}."
         )
     if (small := too_small(target, found.rows, found.effective_rows)) is not None:
         return small
@@ -55,9 +55,13 @@ def _asked(target: Target) -> str:
     return f"{target.agreement:.2%} agreement ({MEASURES[target.measure]}) at {target.confidence:.0%} confidence"
 
 
+def _held(spent: Spent) -> str:
+    return "" if spent.of_full is None else f", and held {spent.of_full:.2f} × the cross KV that all would have"
+
+
 def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> str:
     """The page; ``curve`` is the picture's name beside it."""
-    target = found.target
+    target, full = found.target, found.full
     lines = [
         "# Which K holds",
         "",
@@ -65,10 +69,10 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
         "",
         f"![Agreement with all features against K and kept features]({curve})",
         "",
-        f"| K | features kept | cross KV a row | agreement | at least, {target.confidence:.0%} | holds {target.agreement:.2%} "
-        "| prefill and decoding |",
-        "| ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        f"| all | 100.0 % | {size(found.cross_kv_bytes)} | | | | 1.00 × |",
+        "| K | cross KV held, most | held over time | prefill and decoding | features kept | agreement "
+        f"| at least, {target.confidence:.0%} | holds {target.agreement:.2%} | a row's own cache |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        f"| all | {size(full.peak_bytes)} | {_times(full.of_full)} | 1.00 × | 100.0% | | | | {size(full.own_bytes)} |",
         *(_row(point, found) for point in found.points),
         "",
         *(f"- **{name}**: {said}" for name, said in conditions.items()),
@@ -76,8 +80,17 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
         "Chernoff's bound (Hoeffding 1963, theorem 1), answers about one image counted as if they were one "
         f"({count(found.rows, 'row')} worth {found.effective_rows:,.0f}). K is taken from the largest downwards, to the first "
         "that fails, so that trying several does not make a wrong choice likelier.",
+        "- **Cross KV held**: images' keys and values in the machine, what rows share counted once. Most: at once, by an actor "
+        f"that had {ROWS_AT_ONCE} rows to run, or one image's where that has more; a job runs as many as memory allows. Over "
+        "time: bytes × seconds, beside what all features of the same rows would have held in that time (by formula).",
         "- **Prefill and decoding**: seconds of the sample beside all features' own. It is for comparison: images were encoded "
-        f"once for all K ({found.tower_seconds:.1f} s, beside {found.generation_seconds:.1f} s); a run's batches are larger.",
+        f"once for all K ({found.tower_seconds:.1f} s, beside {full.generation_seconds:.1f} s); a run's batches are larger.",
+        "- **A row's own cache**: as if no other row shared it.",
+    ]
+    lines += [
+        f"- **WARNING**: K = {point.k_ratio:g} {HOLDS_MORE.format(times=_times(most))}."
+        for point in found.points
+        if (most := _most_of_full(point, found)) > MORE
     ]
     if found.times_one_run is not None:
         lines.append(
@@ -91,19 +104,34 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
     return "\n".join(lines) + "\n"
 
 
+def _most_of_full(point: Point, found: Calibration) -> float:
+    """What it held of what all features held at once, or would have held over time: the larger."""
+    return max(point.spent.of_full or 0.0, _peak_of_full(point, found) or 0.0)
+
+
+def _peak_of_full(point: Point, found: Calibration) -> float | None:
+    """None where it had fewer rows to run, as it was given up."""
+    peak = found.full.peak_bytes
+    return point.spent.peak_bytes / peak if peak and not point.given_up else None
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f} ×"
+
+
 def _row(point: Point, found: Calibration) -> str:
     known = point.agreement is not None and point.at_least is not None
-    kept = "–" if point.keep_fraction is None else f"{point.keep_fraction:.1%}"
+    spent, seconds, peak = point.spent, found.full.generation_seconds, _peak_of_full(point, found)
     cells = [
         f"**{point.k_ratio:g}**" if point.k_ratio == found.chosen else f"{point.k_ratio:g}",
-        kept,
-        size(point.cross_kv_bytes),
+        size(spent.peak_bytes) + ("" if peak is None else f", {_times(peak)}"),
+        _times(spent.of_full),
+        _times(spent.generation_seconds / seconds if seconds and not point.given_up else None),
+        "–" if point.keep_fraction is None else f"{point.keep_fraction:.1%}",
         f"{point.agreement:.2%}" if known else "–",
         f"{point.at_least:.2%}" if known else "–",
         "yes" if point.holds else f"given up after {point.rows:,}" if point.given_up else "no",
-        f"{point.generation_seconds / found.generation_seconds:.2f} ×"
-        if found.generation_seconds and not point.given_up
-        else "–",
+        size(spent.own_bytes),
     ]
     return f"| {' | '.join(cells)} |"
 

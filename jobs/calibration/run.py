@@ -9,18 +9,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jobs.calibration.bound import effective_size, lower_bound
-from jobs.calibration.sample import pick
+from jobs.calibration.sample import Range, pick, pick_images, units_of
+from jobs.report import held_of_full
 from pipeline import cluster, lock, record, schema
 from pipeline.config import RunConfig
+from pipeline.listing import list_input
 from pipeline.plan import Plan, look_again, make_plan
 from pipeline.storage import Storage
-from pipeline.units import Unit
+from pipeline.units import Shard, Unit
 
 RUNS = "runs"
 ALL = "all"
 SHARED = "images were encoded once for all of a calibration's runs: their speeds are no run's own"
 ROWS_AT_ONCE = 64
-"""Rows that an actor is given at a time."""
+"""Rows that an actor is given at a time, but for an image that has more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,34 @@ class Target:
     measure: str
     """One of ``jobs.comparison.pairs.AGREEMENT``."""
     confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a run of the sample took of the machine. Bytes are of images' keys and values, what rows share counted once."""
+
+    peak_bytes: int
+    """The most that an actor held at once; it had up to ``ROWS_AT_ONCE`` rows to run."""
+    byte_seconds: float | None
+    """A row: bytes held, times the seconds of tower, prefill and decoding. Only the first run has the tower's."""
+    of_full: float | None
+    """Of these, the multiple of what all features of the same rows would have held in that time, by formula."""
+    generation_seconds: float
+    """Prefill and decoding of the sample."""
+    own_bytes: float
+    """A row's own cache, as if no other row shared it."""
+
+    @classmethod
+    def of(cls, stats: Mapping[str, Any]) -> Spent:
+        """Of a run's statistics, as ``pipeline.record.summarise`` has them."""
+        stages, held, answered = stats["seconds_per_stage"], stats["cross_kv_byte_seconds"], stats["rows"] - stats["errors"]
+        return cls(
+            peak_bytes=stats["peak_cross_kv_bytes"],
+            byte_seconds=None if held is None else held / max(1, answered),
+            of_full=held_of_full(stats),
+            generation_seconds=stages.get("prefill", 0.0) + stages.get("decode", 0.0),
+            own_bytes=stats["cross_kv_bytes"] / max(1, answered),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +77,7 @@ class Point:
     at_least: float | None
     """What the agreement exceeds with the target's confidence."""
     keep_fraction: float | None
-    cross_kv_bytes: float
-    """A row."""
-    generation_seconds: float
-    """Prefill and decoding of the sample."""
+    spent: Spent
     holds: bool
     given_up: bool
     """Not all of the sample was tried, as this K could no longer hold."""
@@ -65,8 +92,8 @@ class Calibration:
     rows: int
     errors: int
     """Rows with an error where all features were kept."""
-    cross_kv_bytes: float
-    generation_seconds: float
+    full: Spent
+    """With all features kept."""
     tower_seconds: float
     """Of all runs together: an image is encoded once."""
     chosen: float | None
@@ -79,8 +106,8 @@ class Calibration:
     @property
     def times_one_run(self) -> float | None:
         """The device's seconds, beside those of the run with all features alone."""
-        alone = self.tower_seconds + self.generation_seconds
-        return (alone + sum(point.generation_seconds for point in self.points)) / alone if alone else None
+        alone = self.tower_seconds + self.full.generation_seconds
+        return (alone + sum(point.spent.generation_seconds for point in self.points)) / alone if alone else None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,14 +118,23 @@ def name_of(k_ratio: float) -> str:
 
 
 def plans(
-    config: RunConfig, k_ratios: Sequence[float], rows: int, seed: int, say: Callable[[str], object] = lambda line: None
+    config: RunConfig,
+    k_ratios: Sequence[float],
+    rows: int,
+    drawn: Sequence[Range] | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Plan]:
     """The sample's run with all features, under ``ALL``, then one for each K, all over the same units.
 
-    ``config`` keeps all features, and its output is the calibration's folder. Raises what ``make_plan`` raises.
+    ``config`` keeps all features, and its output is the calibration's folder; ``drawn`` is the sample of ``rows`` rows where an
+    earlier start has drawn it. Raises what ``make_plan`` raises.
     """
+
+    def cut(shards: Sequence[Shard]) -> list[Unit]:
+        return units_of(shards, _draw(config, shards, rows, say) if drawn is None else drawn)
+
     root = config.output.rstrip("/")
-    first = make_plan(replace(config, output=f"{root}/{RUNS}/{ALL}"), cut=lambda shards: pick(shards, rows, seed), say=say)
+    first = make_plan(replace(config, output=f"{root}/{RUNS}/{ALL}"), cut=cut, say=say)
     found = {ALL: first}
     for k_ratio in k_ratios:
         folder = f"{root}/{RUNS}/{name_of(k_ratio)}"
@@ -107,16 +143,32 @@ def plans(
     return found
 
 
+def _draw(config: RunConfig, shards: Sequence[Shard], rows: int, say: Callable[[str], object]) -> list[Range]:
+    if config.kept_sets == "question":
+        return pick(shards, rows, config.seed)
+    # Rows about an image decide together what is kept, so that a sample of single rows would try what no job does.
+    say(f"looking for images and all their rows, about {rows:,} in all: their row groups are read")
+    found = pick_images(list_input(config.input, config.storage_options).root, config.image_column, shards, rows, config.seed)
+    if not found and any(shard.rows for shard in shards):
+        raise ValueError(f"sample={rows} drew no image, as images have several rows each; draw more")
+    return found
+
+
 class Hope:
     """Which runs can still hold the target: no more rows are spent on one that could not, even if all that is left agreed.
 
     Giving up early never passes a K that the whole sample would fail, nor fails one that it would pass.
+
+    Args:
+        target: what is asked.
+        rows: of the sample.
+        units: of the sample: its rows are worth no more independent ones.
     """
 
-    def __init__(self, target: Target, rows: int) -> None:
+    def __init__(self, target: Target, rows: int, units: int) -> None:
         from jobs.comparison.pairs import AGREEMENT
 
-        self.target, self.rows, self.measure = target, rows, AGREEMENT[target.measure]
+        self.target, self.rows, self.units, self.measure = target, rows, units, AGREEMENT[target.measure]
         self.disagreement: defaultdict[str, float] = defaultdict(float)
 
     def add(self, name: str, texts: Mapping[str, str | None], full: Mapping[str, str | None]) -> None:
@@ -130,7 +182,7 @@ class Hope:
         if name == ALL:
             return False
         best = max(0.0, 1 - self.disagreement[name] / self.rows)
-        return lower_bound(best, self.rows, self.target.confidence) < self.target.agreement
+        return lower_bound(best, self.units, self.target.confidence) < self.target.agreement
 
 
 def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object], begin: Callable[[], object]) -> None:
@@ -138,7 +190,7 @@ def execute(found: dict[str, Plan], target: Target, say: Callable[[str], object]
 
     ``begin`` writes what the caller has to write before any answer, once there is a cluster to answer.
     """
-    hope = Hope(target, found[ALL].rows)
+    hope = Hope(target, found[ALL].rows, len(found[ALL].units))
     with lock.refusing(found[ALL].output):
         full = _resume(found, hope)
     patient = {name: replace(plan, output=plan.output.patient()) for name, plan in found.items()}
@@ -208,7 +260,7 @@ def _answer(found: dict[str, Plan], resources: cluster.Resources, hope: Hope, fu
     reader = UnitReader(first.input.patient(), first.columns, first.image_roots)
     rows = {unit.name: unit.rows for unit in units}
     done = sum(rows[name] for plan in found.values() for name in plan.finished)
-    parts = [units[i : i + ROWS_AT_ONCE] for i in range(0, len(units), ROWS_AT_ONCE)]
+    parts = _parts(units)
     with Progress(first.rows * len(found), done) as progress:
         remote = ray.remote(Calibrator).options(
             num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=2, max_task_retries=2
@@ -226,6 +278,19 @@ def _answer(found: dict[str, Plan], resources: cluster.Resources, hope: Hope, fu
             full |= texts[ALL]
             for name in texts.keys() - {ALL}:
                 hope.add(name, texts[name], full)
+
+
+def _parts(units: Sequence[Unit]) -> list[list[Unit]]:
+    """What an actor is given at a time: units of ``ROWS_AT_ONCE`` rows together, or one that has more."""
+    parts: list[list[Unit]] = []
+    rows = 0
+    for unit in units:
+        if not parts or rows + unit.rows > ROWS_AT_ONCE:
+            parts.append([])
+            rows = 0
+        parts[-1].append(unit)
+        rows += unit.rows
+    return parts
 
 
 def read(found: dict[str, Plan], k_ratios: Sequence[float], target: Target) -> Calibration:
@@ -246,7 +311,6 @@ def read(found: dict[str, Plan], k_ratios: Sequence[float], target: Target) -> C
         # From the largest K down to the first that fails: each K is only asked where those above it have passed, so that the
         # chance of a wrong choice among all of them is no larger than that of one.
         holds = holds and at_least is not None and at_least >= target.agreement
-        stages = run.stats["seconds_per_stage"]
         points.append(
             Point(
                 k_ratio=k_ratio,
@@ -256,21 +320,18 @@ def read(found: dict[str, Plan], k_ratios: Sequence[float], target: Target) -> C
                 agreement=clusters.value,
                 at_least=at_least,
                 keep_fraction=run.stats["mean_keep_fraction"],
-                cross_kv_bytes=run.stats["cross_kv_bytes"] / max(1, run.answered),
-                generation_seconds=stages.get("prefill", 0.0) + stages.get("decode", 0.0),
+                spent=Spent.of(run.stats),
                 holds=holds,
                 given_up=not run.complete,
             )
         )
-    full = runs[ALL]
-    stages = full.stats["seconds_per_stage"]
+    full = runs[ALL].stats
     return Calibration(
         target=target,
         points=tuple(points),
-        rows=int(full.stats["rows"]),
-        errors=int(full.stats["errors"]),
-        cross_kv_bytes=full.stats["cross_kv_bytes"] / max(1, full.answered),
-        generation_seconds=stages.get("prefill", 0.0) + stages.get("decode", 0.0),
+        rows=int(full["rows"]),
+        errors=int(full["errors"]),
+        full=Spent.of(full),
         tower_seconds=sum(run.stats["seconds_per_stage"].get("tower", 0.0) for run in runs.values()),
         chosen=min((point.k_ratio for point in points if point.holds), default=None),
     )

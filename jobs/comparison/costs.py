@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from jobs.comparison.prices import Price
 from jobs.comparison.runs import Run
+from jobs.report import held_of_full
 from pipeline import schema
 
 COLUMNS = ("output_tokens", "tiles", schema.IMAGE_DIGEST, schema.KEEP_FRACTION)
@@ -56,8 +57,27 @@ def peaks(run: Run) -> dict[str, int | None]:
     return {name: run.stats.get(recorded) or None for name, recorded in names.items()}
 
 
-def kv(run: Run) -> dict[str, float | None]:
-    """Bytes of keys and values, in all and by answered row: ``cross`` as kept, ``cross_full`` as if all were, ``self``."""
+def held(run: Run) -> dict[str, float | None]:
+    """What the machine held and read of images' keys and values, what rows share counted once; None where a unit lacks it.
+
+    ``byte_seconds``: bytes times the seconds of tower, prefill and decode that they were held for, and ``_per_row`` that is
+    answered. ``of_full``: over the same with all features kept, which is computed. ``bytes_read``: what decode steps attended
+    to, and ``_per_token`` of all answers. The most held at once is in ``peaks``.
+    """
+    byte_seconds, read = run.stats["cross_kv_byte_seconds"], run.stats["cross_kv_bytes_read"]
+    rows, tokens = run.answered, run.stats["output_tokens"]
+    return {
+        "byte_seconds": byte_seconds,
+        "byte_seconds_per_row": byte_seconds / rows if rows and byte_seconds is not None else None,
+        "of_full": held_of_full(run.stats),
+        "bytes_read": read,
+        "bytes_read_per_token": read / tokens if tokens and read is not None else None,
+    }
+
+
+def row_kv(run: Run) -> dict[str, float | None]:
+    """Bytes of rows' own caches, each as if no other row shared it, in all and by answered row: ``cross`` as kept,
+    ``cross_full`` as if all were, ``self``."""
     recorded = {"cross": "cross_kv_bytes", "cross_full": "cross_kv_bytes_full", "self": "self_kv_bytes"}
     totals = {name: run.stats[key] for name, key in recorded.items()}
     rows = run.answered

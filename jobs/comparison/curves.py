@@ -1,4 +1,4 @@
-"""Quality against cost and against cache: a point for each run, with its interval, joined where only an option differs."""
+"""Quality against cost and against held bytes: a point for each run, with its interval, joined where only an option differs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ _BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def curves(report: Report) -> Iterator[Plot]:
-    """Quality against cost and against cache, where at least two runs have both."""
+    """Quality against cost and against what was held, where at least two runs have both."""
     priced = tables.priced(report)
     unit = "dollars" if priced else tables.hours(report)
     cost = "dollars_per_million_images" if priced else "gpu_hours_per_million_images"
     yield from _curve(report, "quality-cost", f"{unit} per million images", lambda run: run["cost"][cost])
-    most = max(run["kv"]["cross_per_row"] or 0.0 for run in report["runs"])
+    most = max(run["held"]["byte_seconds_per_row"] or 0.0 for run in report["runs"])
     name, unit_bytes = next(((name, size) for name, size in _BYTES if most >= size), ("B", 1))
     yield from _curve(
-        report, "quality-kv", f"cross KV per row, {name}", lambda run: _over(run["kv"]["cross_per_row"], unit_bytes)
+        report,
+        "quality-kv",
+        f"cross KV held per row, {name}·s",
+        lambda run: _over(run["held"]["byte_seconds_per_row"], unit_bytes),
     )
 
 
@@ -117,6 +120,8 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
             series, order = run["policy"], float(value or 0)
             if value is not None:
                 label = f"{'K' if option == 'k_ratio' else option} = {value:g}"
+            if run["kept_sets"] == "question":
+                series += ", kept_sets=question"
             if run["max_tiles"]:
                 series += f", max_tiles={run['max_tiles']}"
     return _Point(run["name"], series, short(label), order, x, y, low, high)

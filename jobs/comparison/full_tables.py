@@ -15,20 +15,35 @@ from jobs.comparison.tables import (
     cost_of,
     device,
     difference_cell,
+    held,
     hours,
     make,
     name_of,
+    peak,
     ratio_of,
     scored,
     verdict_cell,
 )
-from jobs.comparison.words import UNKNOWN, bytes_of, dollars, hundredths, known, number, points, share, signed, whole
+from jobs.comparison.words import (
+    UNKNOWN,
+    byte_seconds,
+    bytes_of,
+    dollars,
+    hundredths,
+    known,
+    number,
+    points,
+    share,
+    signed,
+    times,
+    whole,
+)
 from pipeline.errors import example
 
 
 def full(report: Report) -> Iterator[Table]:
     """All of them; those with nothing to say are left out."""
-    for table in (throughput, memory, kept, tokens, scores, agreement, differences, joined, completeness, errors):
+    for table in (held_bytes, memory, throughput, kept, tokens, scores, agreement, differences, joined, completeness, errors):
         made = table(report)
         if made.rows and len(made.columns) > 1:
             yield made
@@ -55,24 +70,49 @@ def throughput(report: Report) -> Table:
     )
 
 
+def held_bytes(report: Report) -> Table:
+    return make(
+        "held",
+        "Cross KV held and read, once however many rows share it",
+        {
+            "run": name_of(report),
+            "peak": peak(report),
+            "rows at once, most": lambda run: known(run["peaks"]["sequences"], whole),
+            "held per row": held(report, "byte_seconds_per_row", byte_seconds, "held_ratio"),
+            "held in all": held(report, "byte_seconds", byte_seconds),
+            "of all features, by formula": held(report, "of_full", times),
+            "read per token": held(report, "bytes_read_per_token", bytes_of, "read_ratio"),
+            "read in all": held(report, "bytes_read", bytes_of),
+        },
+        report["runs"],
+        notes=[
+            "By formula: what was held, over what the rows that ran at the same moments would have held with all features of "
+            "their tiles, one set an image. The first is counted, the second computed."
+        ],
+    )
+
+
 def memory(report: Report) -> Table:
     return make(
         "memory",
-        "Memory and key/value cache",
+        "Memory, and rows' own caches",
         {
             "run": name_of(report),
             "peak memory": lambda run: known(run["peaks"]["memory_bytes"], bytes_of),
-            "rows at once, most": lambda run: known(run["peaks"]["sequences"], whole),
             "peak KV": lambda run: known(run["peaks"]["kv_bytes"], bytes_of),
-            "peak cross KV": lambda run: known(run["peaks"]["cross_kv_bytes"], bytes_of),
-            "cross KV per row": lambda run: Cell(known(run["kv"]["cross_per_row"], bytes_of), _of_full(run)),
-            "self KV per row": lambda run: known(run["kv"]["self_per_row"], bytes_of),
-            "cross KV in all": lambda run: known(run["kv"]["cross_total"], bytes_of),
-            "untrimmed": lambda run: known(run["kv"]["cross_full_total"], bytes_of),
-            "self KV in all": lambda run: known(run["kv"]["self_total"], bytes_of),
+            "own cross KV per row": lambda run: Cell(
+                known(run["row_kv"]["cross_per_row"], bytes_of), ratio_of(report, run, "row_kv_ratio")
+            ),
+            "all features": lambda run: known(run["row_kv"]["cross_full_per_row"], bytes_of),
+            "self KV per row": lambda run: known(run["row_kv"]["self_per_row"], bytes_of),
+            "own cross KV in all": lambda run: known(run["row_kv"]["cross_total"], bytes_of),
+            "self KV in all": lambda run: known(run["row_kv"]["self_total"], bytes_of),
         },
         report["runs"],
-        notes=["Untrimmed is what the same tiles' features would take with all of them kept."],
+        notes=[
+            "A row's own cross KV is what it would hold alone; rows about one image may share it, so sums of them are not what "
+            "the machine held. All features: the same with all of its tiles' features kept."
+        ],
     )
 
 
@@ -186,11 +226,6 @@ def errors(report: Report) -> Table:
     )
 
 
-def _of_full(run: Report) -> str:
-    cross, whole_cache = run["kv"]["cross_per_row"], run["kv"]["cross_full_per_row"]
-    return f"{share(cross / whole_cache)} of {bytes_of(whole_cache)}" if whole_cache and cross is not None else ""
-
-
 def _percentile(key: str) -> str:
     names = {
         "std": "standard deviation",
@@ -225,7 +260,7 @@ def _differences(report: Report) -> Iterator[tuple[str, str, Report, Callable[[f
                 yield comparison["run"], f"{words.METRICS[name]}, points", found, points
         for name, label, shape in (
             ("output_tokens", "output tokens per row", hundredths),
-            ("cross_kv_bytes", "cross KV per row", bytes_of),
+            ("cross_kv_bytes", "own cross KV per row", bytes_of),
         ):
             if found := words.score(comparison["differences"].get(name)):
                 yield comparison["run"], label, found, signed(shape)

@@ -77,7 +77,7 @@ def _context(report: Report, runs: Sequence[Run]) -> dict[str, Any]:
     """What both templates are filled from."""
     return {
         "report": report,
-        "title": "Cost comparison: what trimming saves and what it costs",
+        "title": "Comparison of runs: what each held, took and got right",
         "lead": sentences.lead(report),
         "bottom_line": " ".join(sentences.bottom_line(report)),
         "findings": [sentences.finding(report, comparison) for comparison in report["comparisons"]],
@@ -114,6 +114,7 @@ def _conditions(report: Report, runs: Sequence[Run]) -> tables.Table:
         "folder": lambda run: shown(run["folder"]),
         "job": lambda run: shown(run["job"]),
         "policy": lambda run: " ".join([run["policy"], *(f"{k}={v}" for k, v in run["options"].items())]),
+        "kept sets": lambda run: shown(run["kept_sets"]),
         "most tiles": lambda run: shown(run["max_tiles"] or "the model's"),
         "model": lambda run: f"{run['model']} ({run['identity']})",
         "type": lambda run: shown(run["dtype"]),

@@ -146,7 +146,7 @@ class Pairs:
             "compared": self.compared,
             "agreement": {name: bootstrap.score(self.clusters(name)).as_dict() for name in self.agreements},
             "differences": {name: self.difference(name) for name in (*SCORES, *AMOUNTS)},
-            "cross_kv_ratio": self.bytes["run"] / self.bytes["baseline"] if self.bytes["baseline"] else None,
+            "row_kv_ratio": self.bytes["run"] / self.bytes["baseline"] if self.bytes["baseline"] else None,
             "examples": self.examples(),
         }
 

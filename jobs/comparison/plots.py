@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.comparison import words
 from jobs.comparison.drawing import COLOURS, FIELD, INK, Drawing, Plot, percent, short
+from jobs.comparison.tables import per_thousand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,11 +112,11 @@ def stages(report: Report) -> Iterator[Plot]:
     if not runs:
         return
     with Drawing("stages", FIELD, 0.95 + 0.62 * len(runs)) as (figure, axes, made):
-        longest = max(_thousand(run, *STAGES) for run in runs)
+        longest = max(per_thousand(run, *STAGES) for run in runs)
         for place, run in enumerate(runs):
             left = 0.0
             for stage, colour in STAGES.items():
-                wide = _thousand(run, stage)
+                wide = per_thousand(run, stage)
                 axes.barh(place, wide, 0.36, left, color=colour, linewidth=0, label=NAMES[stage] if place == 0 else None)
                 if wide > 0.07 * longest:
                     axes.text(
@@ -125,7 +126,7 @@ def stages(report: Report) -> Iterator[Plot]:
             axes.annotate(
                 f"{words.number(left)} s", (left, place), (4, 0), textcoords="offset points", va="center", fontweight="bold"
             )
-            beside = _thousand(run, BESIDE)
+            beside = per_thousand(run, BESIDE)
             axes.barh(
                 place + 0.25,
                 beside,
@@ -141,7 +142,7 @@ def stages(report: Report) -> Iterator[Plot]:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=1, handleheight=0.8, columnspacing=1.1)
-        said = "; ".join(f"{run['name']}: {words.number(_thousand(run, *STAGES))} s" for run in runs)
+        said = "; ".join(f"{run['name']}: {words.number(per_thousand(run, *STAGES))} s" for run in runs)
         yield made("Where the time goes", f"Seconds per 1,000 images by stage. {said}")
 
 
@@ -160,10 +161,6 @@ def _bars(axes: Axes, histogram: Sequence[tuple[int, int]]) -> None:
 def _shares(counts: Sequence[float]) -> list[float]:
     total = sum(counts)
     return [count / total if total else 0.0 for count in counts]
-
-
-def _thousand(run: Report, *names: str) -> float:
-    return 1000 * sum(run["stages"].get(name) or 0.0 for name in names) / float(run["images"])
 
 
 def _on(colour: str) -> str:

@@ -56,6 +56,9 @@ def build(
         ratios = {
             "speed_ratio": _ratio(its["speed"]["images_per_second"], described[0]["speed"]["images_per_second"]),
             "cost_ratio": _ratio(its["cost"]["dollars_per_million_images"], described[0]["cost"]["dollars_per_million_images"]),
+            "held_ratio": _ratio(its["held"]["byte_seconds_per_row"], described[0]["held"]["byte_seconds_per_row"]),
+            "peak_ratio": _ratio(its["peaks"]["cross_kv_bytes"], described[0]["peaks"]["cross_kv_bytes"]),
+            "read_ratio": _ratio(its["held"]["bytes_read_per_token"], described[0]["held"]["bytes_read_per_token"]),
         }
         compared.append({"run": run.name, "warnings": warnings(run, baseline, pair.joined), **pair.as_dict(), **ratios})
     return {
@@ -92,6 +95,7 @@ def describe(run: Run, price: prices.Price | None, reference: str | None) -> dic
         "policy": run.policy,
         "options": run.options,
         "max_tiles": run.max_tiles,
+        "kept_sets": run.kept_sets,
         "model": run.record["checkpoint"]["source"],
         "identity": run.record["checkpoint"]["identity"],
         "dtype": stats["dtype"],
@@ -108,7 +112,8 @@ def describe(run: Run, price: prices.Price | None, reference: str | None) -> dic
         "questions_per_image": spread.questions_per_image(),
         "peaks": costs.peaks(run),
         "kept": spread.kept(),
-        "kv": costs.kv(run),
+        "held": costs.held(run),
+        "row_kv": costs.row_kv(run),
         "stages": costs.stages(run),
         "scores": {name: _score(keys, found) for name, found in values.items()},
     }
@@ -118,33 +123,37 @@ def equal_kv(
     runs: Sequence[Run], described: Sequence[Mapping[str, Any]], columns: Mapping[str, str | None]
 ) -> list[dict[str, Any]]:
     """Each run with a policy beside the cheap alternative: the run that keeps everything of fewer tiles and is nearest to it in
-    cross-attention KV bytes per row, by their ratio.
+    what it held, byte-seconds of cross-attention KV per answered row, by their ratio. Where a run did not count that, or
+    machines of another kind take other seconds, rows' own caches stand in (``by`` is ``row_kv`` then, else ``held``).
 
     What is compared is the VQA accuracy where rows have several references, else the accuracy where there are any; without
     references, how far the texts agree with the baseline's, as chrF for captions and exactly for answers. A pair of which one
     is the baseline then has nothing to be measured by, and is left out.
     """
     baseline = runs[0]
-    bytes_per_row = {its["name"]: its["kv"]["cross_per_row"] or 0.0 for its in described}
-    fewer = [run for run in runs if run.policy == "none" and run.max_tiles is not None and bytes_per_row[run.name] > 0]
+    held = {its["name"]: its["held"]["byte_seconds_per_row"] for its in described}
+    row_kv = {its["name"]: its["row_kv"]["cross_per_row"] for its in described}
+    fewer = [run for run in runs if run.policy == "none" and run.max_tiles is not None and row_kv[run.name]]
     found = []
     for run in runs:
-        own = bytes_per_row[run.name]
-        if run.policy == "none" or not fewer or not own:
+        if run.policy == "none" or not fewer or not row_kv[run.name]:
             continue
-        tiles = min(fewer, key=lambda other: abs(math.log(own / bytes_per_row[other.name])))
+        counted = all(held[one.name] and one.hardware == run.hardware for one in (run, *fewer))
+        amounts = held if counted else row_kv
+        ratios = {other.name: amounts[run.name] / amounts[other.name] for other in fewer}
+        tiles = min(fewer, key=lambda other: abs(math.log(ratios[other.name])))
         # By references where both have them, else by agreement with the baseline.
         pair = Pairs(run, tiles, (columns[run.name], columns[tiles.name]), examples=0, agreements=())
-        by = next((name for name in ("vqa_accuracy", "accuracy") if pair.difference(name) is not None), None)
-        if by is not None:
-            difference = pair.difference(by)
+        score = next((name for name in ("vqa_accuracy", "accuracy") if pair.difference(name) is not None), None)
+        if score is not None:
+            difference = pair.difference(score)
         elif baseline.name in (run.name, tiles.name):
             continue
         else:
-            by = "chrf" if run.config["job"] == "caption" else "exact"
-            difference = pairs.agreement_difference(run, tiles, baseline, by)
-        ratio = own / bytes_per_row[tiles.name]
-        found.append({"run": run.name, "tiles_run": tiles.name, "cross_kv_ratio": ratio, "score": by, "difference": difference})
+            score = "chrf" if run.config["job"] == "caption" else "exact"
+            difference = pairs.agreement_difference(run, tiles, baseline, score)
+        beside = {"tiles_run": tiles.name, "by": "held" if counted else "row_kv", "ratio": ratios[tiles.name]}
+        found.append({"run": run.name, **beside, "score": score, "difference": difference})
     return found
 
 

@@ -24,7 +24,7 @@ CHUNK_ROWS = 65_536
 _READERS = 8
 _RUN = re.compile(r"run(-\d+-of-(\d+))?\.json")
 # What is compared belongs to the name, what is the same in both runs does not.
-_NAMED = ("max_tiles", "key_channels")
+_NAMED = ("max_tiles", "key_channels", "kept_sets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,12 @@ class Run:
     def max_tiles(self) -> int | None:
         value = self.config.get("max_tiles")
         return None if value is None else int(value)
+
+    @property
+    def kept_sets(self) -> str | None:
+        """Whether rows about one image shared what they kept (``image``) or each kept its own; None without a policy."""
+        # Before there was a choice, each row kept its own.
+        return None if self.policy == "none" else str(self.config.get("kept_sets", "question"))
 
     @property
     def options(self) -> dict[str, float]:
@@ -253,7 +259,7 @@ def _same(folder: str) -> str:
 def _named(runs: Sequence[Run]) -> list[Run]:
     """Runs without a name get their policy's, with the folder's behind it where two would have the same."""
     default = [
-        " ".join([run.policy, *(f"{k}={v:g}" for k, v in run.options.items()), *(f"{n}={run.config[n]}" for n in _set(run))])
+        " ".join([run.policy, *(f"{k}={v:g}" for k, v in run.options.items()), *(f"{n}={v}" for n, v in _set(run).items())])
         for run in runs
     ]
     counts = Counter(run.name or name for run, name in zip(runs, default, strict=True))
@@ -265,8 +271,13 @@ def _named(runs: Sequence[Run]) -> list[Run]:
     return named
 
 
-def _set(run: Run) -> list[str]:
-    return [name for name in _NAMED if run.config.get(name) is not None]
+def _set(run: Run) -> dict[str, Any]:
+    """Of the options in ``_NAMED`` those that are not at their default."""
+    from pipeline.config import RunConfig
+
+    values = {name: run.config.get(name) for name in _NAMED} | {"kept_sets": run.kept_sets}
+    usual = RunConfig.__dataclass_fields__
+    return {name: value for name, value in values.items() if value is not None and value != usual[name].default}
 
 
 def _short(error: Exception) -> str:

@@ -34,7 +34,7 @@ def lead(report: Report) -> str:
 
 
 def bottom_line(report: Report) -> Iterator[str]:
-    """The cheapest run that is not measurably worse and the one with the smallest cache, or what keeps from naming them."""
+    """The cheapest run that is not measurably worse and the one that holds least, or what keeps from naming them."""
     score = tables.quality(report)
     if score in tables.AGREEMENT:
         yield "Without references nothing here says which answers are right: agreement tells how often the answers change."
@@ -56,11 +56,15 @@ def bottom_line(report: Report) -> Iterator[str]:
         yield f"The cheapest run that is not measurably worse in {metric} is {cheap['name']}: {costs}."
     else:
         yield f"No run is cheaper than the baseline without being measurably worse in {metric}."
-    if small := _least(fit, base, lambda run: run["kv"]["cross_per_row"]):
-        ratio = small["kv"]["cross_per_row"] / base["kv"]["cross_per_row"]
-        again = "It also has" if named == {small["name"]} else f"{small['name']} is not measurably worse and has"
+    if all(run["held"]["byte_seconds_per_row"] is None for run in fit) or base["held"]["byte_seconds_per_row"] is None:
+        yield "Which of such runs held the least cross KV is unknown: runs of an older version did not count it."
+    elif small := _least(fit, base, lambda run: run["held"]["byte_seconds_per_row"]):
+        again = "It also holds" if named == {small["name"]} else f"{small['name']} is not measurably worse and holds"
         named.add(small["name"])
-        yield f"{again} the smallest cache of such runs: {times(ratio)} the baseline's cross KV."
+        found = next(c for c in report["comparisons"] if c["run"] == small["name"])
+        yield f"{again} the least of such runs: {_held(found)}."
+    else:
+        yield f"No run holds less cross KV than the baseline without being measurably worse in {metric}."
     unsure = [
         found for run in fit if (found := differences[run["name"]]) and run["name"] in named and found["verdict"] != "better"
     ]
@@ -83,8 +87,8 @@ def finding(report: Report, comparison: Report) -> Finding:
     score = tables.quality(report)
     difference = words.score(comparison["differences"].get(score))
     sentences = [
-        _cost(report, base, run, comparison),
         _memory(run, comparison),
+        _cost(report, base, run, comparison),
         *_quality(report, base, run, comparison, score),
     ]
     sentences += [
@@ -113,12 +117,21 @@ def _cost(report: Report, base: Report, run: Report, comparison: Report) -> str:
 
 
 def _memory(run: Report, comparison: Report) -> str:
-    parts = []
+    held = _held(comparison)
+    parts = [f"holds {held}" if held else "holds an unknown part of the baseline's cross KV"]
+    if comparison["read_ratio"] is not None:
+        parts.append(f"reads {times(comparison['read_ratio'])} as many bytes per output token")
     if run["kept"] and run["kept"]["mean"] is not None:
         parts.append(f"keeps {share(run['kept']['mean'])} of the visual features")
-    if comparison["cross_kv_ratio"] is not None:
-        parts.append(f"holds {times(comparison['cross_kv_ratio'])} the baseline's cross KV bytes per row")
-    return f"It {' and '.join(parts)}." if parts else ""
+    return f"It {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}."
+
+
+def _held(comparison: Report) -> str:
+    """What a run held beside the baseline, as far as both counted it."""
+    held, peak = comparison["held_ratio"], comparison["peak_ratio"]
+    if held is None:
+        return "" if peak is None else f"{times(peak)} the baseline's cross KV at its peak"
+    return f"{times(held)} the baseline's cross KV in byte-seconds per row{f' ({times(peak)} at its peak)' if peak else ''}"
 
 
 def _quality(report: Report, base: Report, run: Report, comparison: Report, score: str) -> Iterator[str]:
@@ -148,8 +161,9 @@ def _quality(report: Report, base: Report, run: Report, comparison: Report, scor
 
 def _equal_kv(pair: Report) -> str:
     difference = pair["difference"]
+    of = "cross KV held per row" if pair["by"] == "held" else "own cross KV per row (held bytes are not comparable)"
     return (
-        f"Beside the cheap alternative {pair['tiles_run']}, with {known(pair['cross_kv_ratio'], times)} its cross KV, "
+        f"Beside the cheap alternative {pair['tiles_run']}, with {times(pair['ratio'])} its {of}, "
         f"{words.METRICS.get(pair['score'], pair['score'])} differs by {points(difference['value'])} points "
         f"({words.interval(difference, points)}): {words.verdict(difference)}."
     )

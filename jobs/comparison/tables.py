@@ -7,12 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.comparison import words
-from jobs.comparison.words import UNKNOWN, bytes_of, dollars, known, number, points, share, times
+from jobs.comparison.words import UNKNOWN, byte_seconds, bytes_of, dollars, known, number, points, share, times
+from jobs.report import STAGES
 
 Report = dict[str, Any]
 SCORES = ("vqa_accuracy", "accuracy", "anls")
 """The first that there is speaks for a run: VQA accuracy is there where rows have several references."""
 AGREEMENT = ("exact", "edit_similarity", "chrf")
+HELD = (
+    "Cross KV is counted as the machine held it: keys and values of images, once however many rows share them. Peak: the most "
+    "that one actor held at once; it grows with the number of rows that run together. Held per row: bytes times the seconds of "
+    "tower, prefill and decode that they were held for, by answered row; it grows only as far as rows that run together slow "
+    "each other down, and with the slowness of the machine. Read per token: bytes that decode steps attended to, by output "
+    "token; it falls where rows about one image run together."
+)
+"""What the three figures of held bytes are, and what each hangs on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,42 +90,49 @@ def compared(report: Report, run: Report) -> Report | None:
 
 
 def summary(report: Report) -> Table:
-    """What the page begins with: cost, speed, memory and quality of each run."""
-    columns: dict[str, Callable[[Report], Cell | str]] = {"run": name_of(report)}
+    """What the page begins with: what each run held, took, got right and cost."""
+    columns: dict[str, Callable[[Report], Cell | str]] = {
+        "run": name_of(report),
+        "peak cross KV": peak(report),
+        "held per row": held(report, "byte_seconds_per_row", byte_seconds, "held_ratio"),
+        "read per token": held(report, "bytes_read_per_token", bytes_of, "read_ratio"),
+        "tower, prefill, decode: s per 1,000 images": lambda run: stage_seconds(report, run),
+    }
+    first = quality(report)
+    if first in SCORES:
+        columns[words.METRICS[first]] = lambda run: scored(run["scores"].get(first))
+        columns["against the baseline"] = lambda run: _against(report, run, first)
+    elif first == "chrf":
+        columns[words.METRICS[first]] = lambda run: _agrees(report, run, first)
+    columns |= {
+        "exact agreement": lambda run: _agrees(report, run, "exact"),
+        "features kept": lambda run: known(run["kept"]["mean"] if run["kept"] else None, share),
+        f"images/s per {device(report)}": lambda run: Cell(
+            known(run["speed"]["images_per_second"], number), ratio_of(report, run, "speed_ratio")
+        ),
+    }
     costs = [run["cost"] for run in report["runs"]]
     if any(cost["dollars_per_million_images"] is not None for cost in costs):
         columns["$ per million images"] = lambda run: cost_of(report, run, "dollars_per_million_images", dollars)
     if not priced(report):
         heading = f"{hours(report)} per million images"
         columns[heading] = lambda run: cost_of(report, run, "gpu_hours_per_million_images", number)
-    columns |= {
-        f"images/s per {device(report)}": lambda run: Cell(
-            known(run["speed"]["images_per_second"], number), ratio_of(report, run, "speed_ratio")
-        ),
-        "cross KV per row": lambda run: Cell(
-            known(run["kv"]["cross_per_row"], bytes_of), ratio_of(report, run, "cross_kv_ratio")
-        ),
-        "features kept": lambda run: known(run["kept"]["mean"] if run["kept"] else None, share),
-        "exact agreement": lambda run: _agrees(report, run, "exact"),
-    }
-    first = quality(report)
-    if first == "chrf":
-        columns[words.METRICS[first]] = lambda run: _agrees(report, run, first)
-    elif first in SCORES:
-        columns[words.METRICS[first]] = lambda run: scored(run["scores"].get(first))
-        columns["against the baseline"] = lambda run: _against(report, run, first)
-    return make("summary", "Cost and quality of each run", columns, report["runs"], prose=("against the baseline",))
+    prose = ("against the baseline",)
+    return make("summary", "Memory, time, quality and cost of each run", columns, report["runs"], prose=prose, notes=[HELD])
 
 
 def equal_kv(report: Report) -> Table:
-    """Each policy beside the fewer-tiles run of about its cache."""
+    """Each policy beside the fewer-tiles run that held about as much."""
     return make(
         "equal-kv",
-        "Trimming beside fewer tiles, at about the same cross KV bytes per row",
+        "Trimming beside the run of fewer tiles that held nearest to it per row",
         {
             "run": lambda pair: pair["run"],
             "beside": lambda pair: pair["tiles_run"],
-            "cross KV, run / beside": lambda pair: known(pair["cross_kv_ratio"], times),
+            "cross KV, run / beside": lambda pair: Cell(
+                known(pair["ratio"], times),
+                "" if pair["by"] == "held" else "of rows' own caches: held bytes are not comparable",
+            ),
             "score": lambda pair: words.METRICS.get(pair["score"], pair["score"]),
             "difference, points": lambda pair: difference_cell(pair["difference"], points),
             "verdict": lambda pair: verdict_cell(pair["difference"]),
@@ -139,6 +155,36 @@ def name_of(report: Report) -> Callable[[Report], Cell]:
 def ratio_of(report: Report, run: Report, ratio: str) -> str:
     found = compared(report, run)
     return "" if found is None or found[ratio] is None else f"{times(found[ratio])} the baseline"
+
+
+def peak(report: Report) -> Callable[[Report], Cell]:
+    """A column of the most cross KV that one actor held."""
+    return lambda run: _counted(run["peaks"]["cross_kv_bytes"], bytes_of, ratio_of(report, run, "peak_ratio"))
+
+
+def held(report: Report, name: str, shape: Callable[[float], str], ratio: str = "") -> Callable[[Report], Cell]:
+    """A column of what a run held or read, with its ratio to the baseline's where there is one."""
+    return lambda run: _counted(run["held"][name], shape, ratio_of(report, run, ratio) if ratio else "")
+
+
+def _counted(value: float | None, shape: Callable[[float], str], note: str) -> Cell:
+    return Cell("unknown") if value is None else Cell(shape(value), note)
+
+
+def per_thousand(run: Report, *stages: str) -> float:
+    """Seconds in ``stages`` per 1,000 images, summed over actors."""
+    return 1000 * sum(run["stages"].get(stage) or 0.0 for stage in stages) / float(run["images"])
+
+
+def stage_seconds(report: Report, run: Report) -> Cell:
+    """What the device did, with the ratio of prefill and decode, which trimming is about, to the baseline's."""
+    base = report["runs"][0]
+    if not run["images"] or not any(run["stages"].get(stage) for stage in STAGES):
+        return Cell(UNKNOWN)
+    here, there = (per_thousand(each, *STAGES[1:]) if each["images"] else 0.0 for each in (run, base))
+    said = ", ".join(number(per_thousand(run, stage)) for stage in STAGES)
+    related = there and compared(report, run) is not None
+    return Cell(said, f"last two {times(here / there)} the baseline" if related else "")
 
 
 def cost_of(report: Report, run: Report, name: str, shape: Callable[[float], str]) -> Cell:

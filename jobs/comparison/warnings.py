@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.comparison import costs, words
 from jobs.comparison.runs import Run
+from jobs.report import HOLDS_MORE, MORE
 
 FEW = 0.95
 """Share of a run's rows below which the joined ones are few."""
@@ -52,7 +54,8 @@ def warnings(run: Run, baseline: Run, joined: int) -> list[str]:
         said.append(f"The weights' types differ: {_two(run, baseline, run.stats['dtype'], baseline.stats['dtype'])}.")
     if run.hardware != baseline.hardware:
         where = _two(run, baseline, run.hardware, baseline.hardware)
-        said.append(f"The hardware differs: {where}; speed and cost compare machines as well as runs.")
+        said.append(f"The hardware differs: {where}; speed, cost and byte-seconds compare machines as well as runs.")
+    said += _holds_more(run, baseline)
     said += _versions(run, baseline)
     for one in (run, baseline):
         said += _own(one)
@@ -65,6 +68,24 @@ def _joins(run: Run, baseline: Run, joined: int) -> list[str]:
     rows = {one.name: int(one.stats["rows"]) for one in (run, baseline)}
     few = [f"{joined:,} of {count:,} rows of {name}" for name, count in rows.items() if joined < FEW * count]
     return [f"Few rows have an id that is in both runs: {' and '.join(few)}."] if few else []
+
+
+def _holds_more(run: Run, baseline: Run) -> list[str]:
+    """Where a trimmed run held more than the baseline, which keeps everything of the same tiles."""
+    if run.policy == "none" or baseline.policy != "none" or run.max_tiles != baseline.max_tiles:
+        return []
+    found = []
+    peak, other = (costs.peaks(one)["cross_kv_bytes"] for one in (run, baseline))
+    # More rows at once fill more memory, which is no fault.
+    if peak and other and peak > MORE * other and run.stats["peak_sequences"] <= baseline.stats["peak_sequences"]:
+        found.append(f"{words.bytes_of(peak)} at its peak beside {words.bytes_of(other)} ({words.times(peak / other)})")
+    held, there = (costs.held(one)["byte_seconds_per_row"] for one in (run, baseline))
+    if held and there and held > MORE * there and run.hardware == baseline.hardware:
+        beside = f"{words.byte_seconds(held)} a row beside {words.byte_seconds(there)}"
+        found.append(f"{beside} ({words.times(held / there)})")
+    if not found:
+        return []
+    return [f"{run.name} trims and holds more cross KV than {baseline.name}: {', and '.join(found)}."]
 
 
 def _versions(run: Run, baseline: Run) -> list[str]:
@@ -86,6 +107,14 @@ def _own(run: Run) -> list[str]:
         said.append(f"{run.name} is incomplete: {done}, and only those are compared.")
     if shared := run.record.get("shared"):
         said.append(f"{run.name} is part of a calibration: {shared}.")
+    ratio = costs.held(run)["of_full"]
+    if run.policy != "none" and ratio is not None and ratio > MORE:
+        said.append(f"{run.name} {HOLDS_MORE.format(times=words.times(ratio))}.")
+    if run.stats["cross_kv_byte_seconds"] is None:
+        said.append(
+            f"{run.name} was made by an older version that did not count what was held and read: its byte-seconds and bytes "
+            "read are unknown, and rows' own caches don't tell, since rows about one image may have shared them."
+        )
     if run.untimed:
         said.append(
             f"{run.name} was made by an older version that did not time its actors ({run.untimed:,} of {len(run.finished):,} "

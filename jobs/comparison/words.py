@@ -76,6 +76,10 @@ def bytes_of(value: float) -> str:
     return minus(size(value))
 
 
+def byte_seconds(value: float) -> str:
+    return f"{bytes_of(value)}·s"
+
+
 def minus(text: str) -> str:
     """With a minus sign that is as wide as a plus."""
     return text.replace("-", "−")

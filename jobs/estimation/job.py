@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jobs.estimation.schedule import Row, TowerTiles
+from jobs.estimation.schedule import Row
 from trimming.engine.memory import LEAST_SPARE, slack
+from trimming.engine.request import KeptSets
+from trimming.engine.vision import TowerTiles
 
 DEFAULT_TILES: dict[int, float] = {1: 0.15, 2: 0.70, 4: 0.15}
 """Shares of images by real tiles: like COCO's photographs, mostly 640 × 480, which is two tiles (make bench's mix). Larger
@@ -34,6 +36,7 @@ class Job:
     batch_size: int
     tower_tiles: TowerTiles = "all"
     image_cache: bool = True
+    kept_sets: KeptSets = "image"
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -50,6 +53,10 @@ class Job:
     @property
     def mean_tiles(self) -> float:
         return sum(tiles * share for tiles, share in self.tiles.items())
+
+    def sharing(self, keep: float) -> float:
+        """Rows that share a kept set, as all about one image do where they decide together or keep everything."""
+        return self.questions if self.kept_sets == "image" or keep == 1 else 1.0
 
     def rows(self, count: int, keep: float, tokens: int) -> list[Row]:
         """The first ``count`` rows of a stream like this job's, always the same ones.

@@ -11,9 +11,11 @@ from jobs.comparison.runs import Run, read_run
 from jobs.estimation.gpus import Gpu, reported
 from jobs.estimation.job import CPU_KV
 from jobs.estimation.machine import Machine, fit_cpu, roofline, shares_of
-from jobs.estimation.schedule import STAGES, Call, Engine, Row, Stage, TowerTiles
+from jobs.estimation.schedule import STAGES, Call, Engine, Row, Stage
 from pipeline.storage import Storage
 from trimming.costs import Costs, Look
+from trimming.engine.request import KeptSets
+from trimming.engine.vision import TowerTiles
 
 SAMPLE_ROWS = 4096
 """Rows of the run that its schedule is worked out for; of more than these the first ones stand for all."""
@@ -55,7 +57,7 @@ class Measured:
     batch_size: int
     kv_gib: float | None
     tower_tiles: TowerTiles
-    shared: bool
+    kept_sets: KeptSets
     encode_once: bool
     peak_sequences: int
 
@@ -72,7 +74,7 @@ class Measured:
             # It had room for the most that it ran.
             kv_bytes=float("inf"),
             max_sequences=max(1, self.peak_sequences),
-            shared=self.shared,
+            kept_sets=self.kept_sets,
             tower_tiles=self.tower_tiles,
             encode_once=self.encode_once,
         )
@@ -86,11 +88,12 @@ class Measured:
         lengths = sum((row.output - 1) * (row.prompt + row.output / 2) for row in self.rows)
         kept = sum((row.output - 1) * row.kept for row in self.rows)
         batch = max(1, round(self.mean_batch))
-        sharing = min(batch, max(1, round(self.questions))) if self.shared else 1
+        shared = self.kept_sets == "image" or self.keep == 1
+        sharing = min(batch, max(1, round(self.questions))) if shared else 1
         sets, rest = divmod(batch, sharing)
         looks = [Look(n, round(kept / steps), round(kept / steps)) for n in [sharing] * sets + [rest] * (rest > 0)]
         cost = costs.decode([round(lengths / steps)] * batch, looks)
-        return Call("decode", cost, (cost,), batch)
+        return Call("decode", cost, (cost,), batch, costs.kv_bytes(0, sum(look.later for look in looks)))
 
     def machine(self, costs: Costs) -> Machine:
         """The run's own machine, calibrated: this run, estimated, takes the seconds it took."""
@@ -145,7 +148,8 @@ def read(url: str, options: Mapping[str, Any]) -> Measured:
         batch_size=int(config["batch_size"]),
         kv_gib=config.get("kv_gib"),
         tower_tiles=config.get("tower_tiles", "all"),
-        shared=facts["keep"] == 1,
+        # Runs of before there was a choice kept a set a question.
+        kept_sets=config.get("kept_sets", "question"),
         encode_once=config.get("image_cache_gib", 1.0) > 0,
         peak_sequences=int(stats["peak_sequences"]),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.estimation.schedule import STAGES
-from jobs.report import size
+from jobs.report import MORE, size
 
 Report = dict[str, Any]
 BAR = 40
@@ -37,6 +37,7 @@ def _heading(report: Report) -> list[str]:
         f"tokens   {_short(job['prompt'])} of prompt{origin['prompt_tokens']}, {_short(job['output'])} of answer"
         f"{origin['output_tokens']}, {job['longest']} at most{origin['max_new_tokens']}",
         f"trimmed  {k_ratio}{report['keep']:.1%} of the features ({report['keep_from']})",
+        f"kept     one set {'an image' if job['kept_sets'] == 'image' else 'a question'}{origin['kept_sets']}",
         *_gpu(report),
         f"memory   {size(report['weights_bytes'])} of weights, {size(report['kv_bytes'])} for keys and values",
         f"speed    {report['calibration']}" + _shares(report),
@@ -66,6 +67,9 @@ def _table(report: Report) -> Iterator[str]:
         ("rows that memory holds", lambda p: p["fits"], _whole),
         ("rows at once", lambda p: p["largest"], _whole),
         ("  on average", lambda p: p["mean_batch"], _digits),
+        ("cross KV held, GB at most", lambda p: p["peak_cross_kv_bytes"] / 1e9, _digits),
+        ("  GB s per 1,000 images", lambda p: p["cross_kv_byte_seconds"] / 1e9, _digits),
+        ("  read, GB per 1,000 images", lambda p: p["cross_kv_bytes_read"] / 1e9, _digits),
         *((f"s per 1,000 images, {s}", lambda p, s=s: p["stages"][s]["seconds"], _digits) for s in STAGES),
         ("  all stages", lambda p: p["seconds"], _digits),
         (f"images/s per {one}", lambda p: p["images_per_second"], _digits),
@@ -104,9 +108,18 @@ def _bars(report: Report) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
+    full, trimmed = (report[which]["cross_kv_byte_seconds"] for which in ("full", "trimmed"))
+    if trimmed > MORE * full:
+        yield (
+            f"WARNING: trimmed is predicted to hold {trimmed / full:.2f} × all features' cross KV over time, as each question "
+            "keeps a set of its own, and with all features those about one image share theirs; see --kept-sets."
+        )
     if report["price"] is None:
         yield f"No dollars: state --price, dollars an hour for each of the {report['unit']}."
-    said = "this is a model: images are decoded beside the stages, and loading, starting and stopping are not in it; "
+    said = (
+        "this is a model: seconds and bytes are predicted, images are decoded beside the stages, and loading, starting and "
+        "stopping are not in it; "
+    )
     run, found = report["run"], report["errors"]
     if run is not None:
         yield from _run(report, run)

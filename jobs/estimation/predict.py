@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from jobs.estimation.job import Job
 from jobs.estimation.machine import Machine, Time
-from jobs.estimation.schedule import SLOT_GRAIN, STAGES, Call, Engine, Stage
+from jobs.estimation.schedule import STAGES, Call, Engine, Stage, slot_tokens
 from trimming.costs import Costs
 
 SPANS = 3
 """The steady state is taken over so many times the rows that run at once, after as many for the slots to fill and mix."""
-LEAST_ROWS = 1024
+LEAST_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,13 @@ class Prediction:
     stages: dict[Stage, Time]
     """Of one actor, for 1,000 images."""
     kv_per_row: float
-    """Bytes of a row's slot and kept set, at the mean of tiles."""
+    """Bytes of a row's slot and of its part of a kept set, at the mean of tiles."""
+    peak_cross_kv_bytes: int
+    """Of one actor: the most that images' keys and values take at once, what rows share counted once;"""
+    cross_kv_byte_seconds: float
+    """what they take times the seconds of the stages, for 1,000 images;"""
+    cross_kv_bytes_read: float
+    """and what decode steps read of them, for 1,000 images."""
     hours: float
     """Of all GPUs together, or on a CPU of all actors."""
     days: float
@@ -59,19 +65,18 @@ def predict(
         costs=costs,
         kv_bytes=kv_bytes,
         max_sequences=job.batch_size,
-        shared=keep == 1,
+        kept_sets=job.kept_sets,
         tower_tiles=job.tower_tiles,
         encode_once=job.image_cache,
     )
     calls = steady(job, engine, keep)
-    stages = _per_thousand(job, machine, calls)
+    times = _per_thousand(job, calls)
+    stages = {stage: machine.time(call for call in calls if call.stage == stage) * times[stage] for stage in STAGES}
     seconds = sum(time.seconds for time in stages.values()) / 1000
     steps = [call.rows for call in calls if call.stage == "decode"]
     hours = job.images * seconds * gpus_per_actor / 3600
-    slot = -(-(max(1, round(job.prompt)) + job.longest) // SLOT_GRAIN) * SLOT_GRAIN
-    # Rows about one image share its cache where everything is kept.
-    sets = job.mean_tiles * costs.tokens * keep / (job.questions if engine.shared else 1)
-    held = costs.kv_bytes(slot, round(sets))
+    kept = job.mean_tiles * costs.tokens * keep / job.sharing(keep)
+    held = costs.kv_bytes(slot_tokens(max(1, round(job.prompt)) + job.longest), round(kept))
     return Prediction(
         keep=keep,
         largest=max(steps, default=1),
@@ -79,6 +84,9 @@ def predict(
         mean_batch=sum(steps) / len(steps) if steps else 1.0,
         stages=stages,
         kv_per_row=held,
+        peak_cross_kv_bytes=max(call.held for call in calls),
+        cross_kv_byte_seconds=sum(call.held * machine.time([call]).seconds * times[call.stage] for call in calls),
+        cross_kv_bytes_read=sum(call.held for call in calls if call.stage == "decode") * times["decode"],
         hours=hours,
         days=hours / gpus / 24,
         images_per_second=1 / seconds / gpus_per_actor,
@@ -89,10 +97,7 @@ def predict(
 def steady(job: Job, engine: Engine, keep: float) -> list[Call]:
     """The calls of a job in its middle, when slots are full and rows are at all stages of their lives."""
     few = job.rows(LEAST_ROWS, keep, engine.costs.tokens)
-    running = max(1, max(engine.largest(row) for row in few))
-    if engine.shared:
-        # Those of one image share its cache, so more of them fit.
-        running = min(engine.max_sequences, int(running * job.questions))
+    running = max(1, max(engine.largest(row, job.sharing(keep)) for row in few))
     count = max(LEAST_ROWS, 2 * SPANS * running)
     rows = job.rows(min(count, round(job.images * job.questions) or 1), keep, engine.costs.tokens)
     calls = list(engine.calls(rows))
@@ -115,21 +120,17 @@ def _middle(calls: list[Call], rows: int) -> list[Call]:
     return calls[first:last]
 
 
-def _per_thousand(job: Job, machine: Machine, calls: Iterable[Call]) -> dict[Stage, Time]:
-    """Each stage by what it works at: the tower by images, prefill by rows, decode by tokens. So a piece of a run that has
-    begun more rows than it has ended makes no odds."""
-    by_stage: dict[Stage, list[Call]] = {stage: [] for stage in STAGES}
-    for call in calls:
-        by_stage[call.stage].append(call)
+def _per_thousand(job: Job, calls: Iterable[Call]) -> dict[Stage, float]:
+    """By stage, how often 1,000 images take what ``calls`` do: the tower by images, prefill by rows, decode by tokens. So a
+    piece of a run that has begun more rows than it has ended makes no odds."""
     rows = 1000 * job.questions
     wanted: dict[Stage, float] = {
-        "tower": 1000.0 if job.image_cache else rows,
+        "tower": 1000.0 if job.image_cache or job.kept_sets == "image" else rows,
         "prefill": rows,
         # Each answer's first token is the prefill's.
         "decode": rows * (job.output - 1),
     }
-    found = {}
-    for stage, taken in by_stage.items():
-        done = sum(call.rows for call in taken)
-        found[stage] = machine.time(taken) * (wanted[stage] / done) if done else Time()
-    return found
+    done = dict.fromkeys(STAGES, 0)
+    for call in calls:
+        done[call.stage] += call.rows
+    return {stage: wanted[stage] / done[stage] if done[stage] else 0.0 for stage in STAGES}

@@ -15,8 +15,9 @@ from jobs.estimation.job import Job
 from jobs.estimation.machine import Machine
 from jobs.estimation.measured import Measured, read
 from jobs.estimation.predict import Prediction, predict
-from jobs.estimation.schedule import PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, STAGES, TOWER_IMAGES, Stage
+from jobs.estimation.schedule import STAGES, Stage
 from trimming.costs import Costs
+from trimming.engine.scheduler import PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, TOWER_IMAGES
 
 Report = dict[str, Any]
 ERRORS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "estimate.json"
@@ -208,6 +209,7 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
         batch_size=taken("batch_size", run and run.batch_size, 256),
         tower_tiles=taken("tower_tiles", run and run.tower_tiles, "all"),
         image_cache=given["image_cache_gib"] > 0,
+        kept_sets=taken("kept_sets", run and run.kept_sets, "image"),
     )
     return made, said
 

@@ -1,31 +1,30 @@
 """The calls that the engine would make for some rows, and what each costs: its scheduler by its rules, without a model.
 
-As ``trimming.engine.scheduler`` has it: rows wait in order and are prefilled as memory and slots allow, images go through the
-tower by tile count, each running sequence gets a token a step and leaves at once. Left out: holes between segments,
-images that the cache drops, preemption, and rows that fail.
+As ``trimming.engine.scheduler`` has it: rows wait in order and are prefilled as memory and slots allow, those at once that
+decide together what is kept; images go through the tower by tile count; each running sequence gets a token a step and leaves at
+once. Left out: holes between segments, images that the cache drops, preemption, rows that fail, and the prefill that only
+decides, for rows that can't all run at once.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Literal
 
 from trimming.costs import Cost, Costs, Look
+from trimming.engine.request import GROUP_ROWS, KeptSets, groups
+from trimming.engine.scheduler import PREFILL_SEQUENCES, PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, SLOT_GRAIN, TOWER_IMAGES
+from trimming.engine.sequence import ceil_to
+from trimming.engine.vision import TowerTiles
 
 Stage = Literal["tower", "prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("tower", "prefill", "decode")
 """As the engine times them: the tower with the projector, prefill with the cross-attention layers' keys and values."""
-TowerTiles = Literal["all", "real"]
 
-# The scheduler's own limits, which are constants of a module that imports torch (tests/test_estimation_schedule.py).
-TOWER_IMAGES = 8
-PREFILL_SEQUENCES = 16
-PREFILL_TOKENS = 8192
-PREFILL_VISUAL_TOKENS = 1 << 16
-SLOT_GRAIN = 32
 LEARNING, MARGIN = 0.2, 1.05
 """How fast the scheduler learns what rows keep, and how much more it expects."""
 
@@ -35,13 +34,13 @@ class Row:
     """One prompt about one image."""
 
     image: int
-    """Rows with the same one share its encoding, and with all features kept its cache."""
+    """Rows with the same one share its encoding, and its cache where they keep all of it or decide together."""
     tiles: int
     prompt: int
     """Tokens, the image's own among them; all of them see the image."""
     output: int
     kept: int
-    """Visual tokens that stay."""
+    """Visual tokens that stay; the same for rows that decide together."""
     capacity: int
     """Tokens that its slot is reserved for: the prompt and the longest answer that is allowed."""
 
@@ -56,6 +55,8 @@ class Call:
     """What runs in it one after the other, each bound by operations or by bytes; ``cost`` is their sum."""
     rows: int
     """Images of a tower's call, prompts of a prefill, sequences of a decode step."""
+    held: int
+    """Bytes of images' keys and values that are held meanwhile, what rows share once; a decode step reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,47 +67,61 @@ class Engine:
         costs: the model's.
         kv_bytes: memory for keys and values.
         max_sequences: that decode at once, at most.
-        shared: with all features kept, rows about one image share its cache.
-        encode_once: images stay for the next rows that ask about them; False encodes each row's anew.
+        kept_sets: who decides what is kept; see ``trimming.engine.Engine``. Rows about one image stand one behind the other.
+        encode_once: images stay for the next rows that ask about them; False encodes them anew for each group.
     """
 
     costs: Costs
     kv_bytes: float
     max_sequences: int
-    shared: bool
+    kept_sets: KeptSets
     tower_tiles: TowerTiles = "all"
     encode_once: bool = True
 
-    def largest(self, row: Row) -> int:
-        """Sequences like ``row``, each with an image of its own, that run at once."""
-        slot = -(-row.capacity // SLOT_GRAIN) * SLOT_GRAIN
-        return min(self.max_sequences, int(self.kv_bytes // self.costs.kv_bytes(slot, row.kept)))
+    def largest(self, row: Row, sharing: float) -> int:
+        """Sequences like ``row`` that run at once; so many about one image share its kept set."""
+        held = self.costs.kv_bytes(slot_tokens(row.capacity), round(row.kept / sharing))
+        return min(self.max_sequences, int(self.kv_bytes // held))
 
     def calls(self, rows: Sequence[Row]) -> Iterator[Call]:
         """All calls until the last row is done. Raises ``ValueError`` for a row that never fits."""
         return _Simulation(self, rows).run()
 
 
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Rows that decide together, or one alone."""
+
+    rows: list[Row]
+    decided: bool = False
+
+
+_Waiting = tuple[Row, _Group]
+_Set = tuple[int, _Group | None]
+"""A kept set: of an image, by a group; None where it is everything."""
+
+
 class _Simulation:
     def __init__(self, engine: Engine, rows: Sequence[Row]) -> None:
         self.engine, self.costs = engine, engine.costs
-        self.waiting = deque(rows)
-        self.encoded: set[int] = set()
-        self.projected: set[int] = set()
-        """Images whose keys and values of the first cross-attention layer are there."""
+        self.waiting: deque[_Waiting] = deque((row, group) for group in self._groups(rows) for row in group.rows)
+        self.encoded: set[int | _Group] = set()
+        """Images, or groups where each encodes its own."""
+        self.projected: set[int | _Group] = set()
+        """Those whose keys and values of the first cross-attention layer are there."""
         self.step = 0
-        self.ends: list[tuple[int, int, Row]] = []
-        """(step after which a running row leaves, its number, it)."""
+        self.ends: list[tuple[int, int, Row, _Set]] = []
+        """(step after which a running row leaves, its number, it, what it keeps)."""
         self.capacities: Counter[int] = Counter()
-        self.segments: Counter[tuple[int, int]] = Counter()
-        """Users of each kept set, by (image, number of its own or -1 where shared)."""
-        self.kept: dict[tuple[int, int], int] = {}
+        self.sets: Counter[_Set] = Counter()
+        """Users of each kept set."""
+        self.kept: dict[_Set, int] = {}
         self.started = 0
         self.text = 0
         """Tokens that the next step's self-attention reads, over all running rows."""
         self.looks: list[Look] | None = None
         self.share = {False: 1.0, True: 1.0}
-        """What a row's kept set is expected to take of all its features': Engine._share."""
+        """What a kept set is expected to take of all its features': Engine._share."""
 
     def run(self) -> Iterator[Call]:
         while self.waiting or self.ends:
@@ -114,133 +129,181 @@ class _Simulation:
             if self.ends:
                 yield self._decode()
 
+    def _groups(self, rows: Sequence[Row]) -> Iterator[_Group]:
+        for _, alike in groupby(rows, key=lambda row: row.image):
+            together = list(alike)
+            parts = [[place] for place in range(len(together))]
+            if self.engine.kept_sets == "image":
+                parts = groups([[row.image] for row in together], [row.prompt for row in together])
+            yield from (_Group([together[place] for place in part]) for part in parts)
+
     # ---- admission: Engine._admit and _fitting -----------------------------------------------------------------------------
 
     def _admit(self) -> Iterator[Call]:
         while self.waiting:
+            first = next(self._parties())
+            if len(first) > self.engine.max_sequences:
+                yield from self._decide_ahead(first)
+                continue
             batch, whole = self._fitting()
             enough = whole or len(batch) >= min(len(self.waiting), max(1, len(self.ends) // 8))
             if self.ends and not enough:
                 return
             if not batch:
-                # What it is expected to keep may be too much: the first is tried all the same.
-                row = self.waiting[0]
-                need = self.costs.kv_bytes(_slot(row.capacity), row.kept)
-                if need > self.engine.kv_bytes:
+                # What they are expected to keep may be too much: the first are tried all the same.
+                need = self._need(first)
+                if need <= self.engine.kv_bytes:
+                    batch = first
+                elif len(first) > 1:
+                    yield from self._decide_ahead(first)
+                    continue
+                else:
                     have = self.engine.kv_bytes / 1e9
                     raise ValueError(f"one row needs {need / 1e9:.3g} GB for keys and values, and there are {have:.3g}")
-                batch = [row]
             yield from self._start(batch)
 
-    def _fitting(self) -> tuple[list[Row], bool]:
+    def _parties(self) -> Iterator[list[_Waiting]]:
+        return _parties(islice(self.waiting, PREFILL_SEQUENCES + 1 + GROUP_ROWS))
+
+    def _need(self, party: Sequence[_Waiting]) -> int:
+        """Bytes that the rows of ``party`` hold, where nothing else runs."""
+        longest = max(row.capacity for row, _ in party)
+        return len(party) * self.costs.kv_bytes(slot_tokens(longest), 0) + self.costs.kv_bytes(0, party[0][0].kept)
+
+    def _fitting(self) -> tuple[list[_Waiting], bool]:
         costs, engine, running = self.costs, self.engine, len(self.ends)
         capacity = max(self.capacities, default=0)
         used: float = sum(self.kept.values())
-        here = {image for image, _ in self.segments}
-        batch: list[Row] = []
+        here = {image for image, _ in self.sets}
+        batch: list[_Waiting] = []
         tokens = visual = 0
         seen: set[int] = set()
-        for row in self.waiting:
-            tokens += row.prompt
+        for party in self._parties():
+            row = party[0][0]
+            tokens += sum(one.prompt for one, _ in party)
             visual += row.tiles * costs.tokens * (row.image not in seen)
             seen.add(row.image)
-            capacity = max(capacity, row.capacity)
+            capacity = max(capacity, *(one.capacity for one, _ in party))
             used += row.tiles * costs.tokens * self.share[row.image in here]
             large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
-            if len(batch) == PREFILL_SEQUENCES or (batch and large):
+            if batch and (len(batch) + len(party) > PREFILL_SEQUENCES or large):
                 return batch, True
-            together = running + len(batch)
-            room = (together + 1) * costs.kv_bytes(_slot(capacity), 0) + costs.kv_bytes(0, int(used))
-            if together == engine.max_sequences or room > engine.kv_bytes:
+            together = running + len(batch) + len(party)
+            room = together * costs.kv_bytes(slot_tokens(capacity), 0) + costs.kv_bytes(0, int(used))
+            if together > engine.max_sequences or room > engine.kv_bytes:
                 break
-            batch.append(row)
+            batch += party
             here.add(row.image)
         return batch, False
 
-    def _start(self, batch: list[Row]) -> Iterator[Call]:
-        costs, engine = self.costs, self.engine
-        for row in batch:
-            if not engine.encode_once or row.image not in self.encoded:
-                yield self._encode(row)
-        tokens = costs.tokens
-        first = sum(r.tiles * tokens for r in _unique(batch) if r.image not in self.projected)
-        later = 0
-        here = {image for image, _ in self.segments}
-        for row in batch:
-            self.waiting.popleft()
-            key = (row.image, -1 if engine.shared else self.started)
-            new = not self.segments[key]
-            if new:
-                self.kept[key] = row.kept
-                later += row.kept
-            self.segments[key] += 1
-            known = row.image in here
-            took = row.kept / (row.tiles * tokens) if new else 0.0
-            self.share[known] += LEARNING * (MARGIN * took - self.share[known])
-            here.add(row.image)
-            self.capacities[row.capacity] += 1
-            if row.output > 1:
-                heapq.heappush(self.ends, (self.step + row.output - 1, self.started, row))
-                self.text += row.prompt + 1
-            else:
-                self._release(row, self.started)
-            self.started += 1
-        if engine.encode_once:
-            self.projected.update(row.image for row in batch)
-        self.looks = None
-        looks = [Look(row.prompt, row.tiles * tokens, row.kept) for row in batch]
-        yield _call("prefill", len(batch), costs.cross_kv(first, later), costs.prefill([row.prompt for row in batch], looks))
+    def _decide_ahead(self, party: Sequence[_Waiting]) -> Iterator[Call]:
+        yield from self._encode(party)
+        party[0][1].decided = True
 
-    def _encode(self, row: Row) -> Call:
-        """``row``'s image, with those of its tile count that wait: Engine._alike."""
-        engine, together, seen = self.engine, 1, {row.image}
-        if engine.encode_once:
-            for number, other in enumerate(self.waiting):
-                if together == TOWER_IMAGES or number == 2 * TOWER_IMAGES + PREFILL_SEQUENCES:
+    def _start(self, batch: Sequence[_Waiting]) -> Iterator[Call]:
+        costs, tokens = self.costs, self.costs.tokens
+        yield from self._encode(batch)
+        new = {row.image: row.tiles * tokens for row, group in batch if self._owner(row, group) not in self.projected}
+        self.projected.update(self._owner(row, group) for row, group in batch)
+        later: Counter[int] = Counter()
+        looks = []
+        here = {image for image, _ in self.sets}
+        for party in _parties(batch, started=True):
+            row, group = party[0]
+            visual = row.tiles * tokens
+            key: _Set = (row.image, None if row.kept == visual else group)
+            fresh = not self.sets[key]
+            if fresh:
+                self.kept[key] = row.kept
+                # At most: of sets that differ, what is in several is projected once.
+                later[row.image] = min(later[row.image] + row.kept, visual)
+            known = row.image in here
+            self.share[known] += LEARNING * (MARGIN * fresh * row.kept / visual - self.share[known])
+            here.add(row.image)
+            looks.append(Look(sum(one.prompt for one, _ in party), visual, row.kept))
+            for one, _ in party:
+                self._run(one, key)
+        cross_kv = costs.cross_kv(sum(new.values()), later.total())
+        yield self._call("prefill", len(batch), cross_kv, costs.prefill([row.prompt for row, _ in batch], looks))
+        # Answers of one token are done.
+        self._leave()
+
+    def _run(self, row: Row, key: _Set) -> None:
+        self.waiting.popleft()
+        self.sets[key] += 1
+        self.capacities[row.capacity] += 1
+        heapq.heappush(self.ends, (self.step + row.output - 1, self.started, row, key))
+        self.started += 1
+        self.text += row.prompt + 1
+        self.looks = None
+
+    def _owner(self, row: Row, group: _Group) -> int | _Group:
+        """Whose an encoded image is."""
+        return row.image if self.engine.encode_once else group
+
+    def _encode(self, batch: Iterable[_Waiting]) -> Iterator[Call]:
+        """The images of ``batch``, each with those of its tile count that wait: Engine._alike."""
+        for row, group in batch:
+            if self._owner(row, group) in self.encoded:
+                continue
+            found = {self._owner(row, group)}
+            ahead = islice(_unique(self.waiting), 2 * TOWER_IMAGES + PREFILL_SEQUENCES)
+            for other, its_group in ahead:
+                if len(found) == TOWER_IMAGES:
                     break
-                if other.tiles == row.tiles and other.image not in seen and other.image not in self.encoded:
-                    together += 1
-                    seen.add(other.image)
-            self.encoded |= seen
-        tower = self.costs.tower(row.tiles, together, engine.tower_tiles)
-        return _call("tower", together, tower, self.costs.projector(row.tiles, together))
+                if other.tiles == row.tiles and self._owner(other, its_group) not in self.encoded:
+                    found.add(self._owner(other, its_group))
+            self.encoded |= found
+            tower = self.costs.tower(row.tiles, len(found), self.engine.tower_tiles)
+            yield self._call("tower", len(found), tower, self.costs.projector(row.tiles, len(found)))
 
     # ---- decoding ----------------------------------------------------------------------------------------------------------
 
     def _decode(self) -> Call:
         running = len(self.ends)
         if self.looks is None:
-            self.looks = [Look(users, self.kept[key], self.kept[key]) for key, users in self.segments.items()]
+            self.looks = [Look(users, self.kept[key], self.kept[key]) for key, users in self.sets.items()]
         # Costs follow from the sum of the lengths alone.
         each, more = divmod(self.text, running)
-        cost = self.costs.decode([each + 1] * more + [each] * (running - more), self.looks)
+        call = self._call("decode", running, self.costs.decode([each + 1] * more + [each] * (running - more), self.looks))
         self.text += running
         self.step += 1
+        self._leave()
+        return call
+
+    def _leave(self) -> None:
+        """Rows leave whose answer is done."""
         while self.ends and self.ends[0][0] <= self.step:
-            _, number, row = heapq.heappop(self.ends)
+            _, _, row, key = heapq.heappop(self.ends)
             self.text -= row.prompt + row.output
-            self._release(row, number)
+            self.sets[key] -= 1
+            if not self.sets[key]:
+                del self.sets[key], self.kept[key]
+            self.capacities[row.capacity] -= 1
+            if not self.capacities[row.capacity]:
+                del self.capacities[row.capacity]
             self.looks = None
-        return _call("decode", running, cost)
 
-    def _release(self, row: Row, number: int) -> None:
-        key = (row.image, -1 if self.engine.shared else number)
-        self.segments[key] -= 1
-        if not self.segments[key]:
-            del self.segments[key], self.kept[key]
-        self.capacities[row.capacity] -= 1
-        if not self.capacities[row.capacity]:
-            del self.capacities[row.capacity]
+    def _call(self, stage: Stage, rows: int, *parts: Cost) -> Call:
+        return Call(stage, sum(parts, Cost()), parts, rows, self.costs.kv_bytes(0, sum(self.kept.values())))
 
 
-def _call(stage: Stage, rows: int, *parts: Cost) -> Call:
-    return Call(stage, sum(parts, Cost()), parts, rows)
+def slot_tokens(capacity: int) -> int:
+    """Tokens that the slot of such a row has room for."""
+    return ceil_to(capacity, SLOT_GRAIN)
 
 
-def _unique(rows: Sequence[Row]) -> list[Row]:
-    """One row of each image."""
-    return list({row.image: row for row in rows}.values())
+def _parties(rows: Iterable[_Waiting], started: bool = False) -> Iterator[list[_Waiting]]:
+    """``rows`` parted into those that must be prefilled at once, or that have ``started`` together."""
+    for group, several in groupby(rows, key=lambda one: one[1]):
+        party = list(several)
+        if started or not group.decided:
+            yield party
+        else:
+            yield from ([one] for one in party)
 
 
-def _slot(tokens: int) -> int:
-    return -(-tokens // SLOT_GRAIN) * SLOT_GRAIN
+def _unique(rows: Iterable[_Waiting]) -> Iterator[_Waiting]:
+    """The first of each group."""
+    for _, several in groupby(rows, key=lambda one: one[1]):
+        yield next(several)
