@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import schema
-from pipeline.actor import REPORT_ROWS, Answerer, Seconds
+from pipeline.actor import COUNTERS, PEAKS, REPORT_ROWS, Answerer, Seconds
 from pipeline.rows import Row
 
 BATCH = 8
@@ -73,7 +73,7 @@ class StandIn(Answerer):
                 row.answer = self.said
 
     def _account(self, seconds: Seconds) -> dict[str, Any]:
-        return dict.fromkeys(("images_encoded", "image_hits", "decode_steps", "decode_tokens"), 0)
+        return dict.fromkeys((*COUNTERS, *PEAKS), 0)
 
 
 class Paced(StandIn):

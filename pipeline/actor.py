@@ -49,6 +49,17 @@ AHEAD = 64
 DECODED_AHEAD = 16
 """Groups of rows whose images are decoded before the engine takes them."""
 REPORT_ROWS = 32
+COUNTERS = (
+    "images_encoded",
+    "image_hits",
+    "decode_steps",
+    "decode_tokens",
+    "cross_kv_byte_seconds",
+    "cross_kv_byte_seconds_full",
+    "cross_kv_bytes_read",
+)
+PEAKS = ("peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
+"""What a unit's statistics have of ``trimming.engine.Statistics``."""
 
 
 class Answerer:
@@ -291,23 +302,13 @@ class Answerer:
         Units run side by side in one engine, so one unit's share is partly another's; over a run they add up once.
         """
         statistics = self.engine.batch.statistics
-        counters = (
-            "images_encoded",
-            "image_hits",
-            "decode_steps",
-            "decode_tokens",
-            "cross_kv_byte_seconds",
-            "cross_kv_byte_seconds_full",
-            "cross_kv_bytes_read",
-        )
         with self.accounts:
-            now = {name: getattr(statistics, name) for name in counters} | dict(self.engine.batch.seconds)
+            now = {name: getattr(statistics, name) for name in COUNTERS} | dict(self.engine.batch.seconds)
             since = {name: value - self.accounted.get(name, 0) for name, value in now.items()}
             self.accounted = now
         for stage in self.engine.batch.seconds:
             seconds[stage] += since.get(stage, 0.0)
-        peaks = ("peak_sequences", "peak_kv_bytes", "peak_cross_kv_bytes")
-        return {name: since[name] for name in counters} | {name: getattr(statistics, name) for name in peaks}
+        return {name: since[name] for name in COUNTERS} | {name: getattr(statistics, name) for name in PEAKS}
 
     def _actor_seconds(self) -> float:
         """Seconds that a unit which ends now stands for: since the unit before it ended, or since the actor was ready.

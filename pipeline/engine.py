@@ -116,7 +116,7 @@ class Engine:
 
     def check(self, prompt: Prompt) -> None:
         """Raises ``ValueError`` for a prompt that can't be run."""
-        self.batch._check(self._request(prompt))
+        self.batch.check(self._request(prompt))
 
     def submit(self, prompt: Prompt) -> Future[Completion]:
         """The prompt's completion to come, for ``answer``. Raises ``ValueError`` for a prompt that can't be run."""

@@ -173,7 +173,7 @@ class Engine:
         their texts see last.
         """
         for request in requests:
-            self._check(request)
+            self.check(request)
         sequences = [self._sequence(request) for request in requests]
         if self.kept_sets == "image" and len(sequences) > 1:
             if len(sequences) > GROUP_ROWS:
@@ -208,7 +208,7 @@ class Engine:
         """All completions, in order. Raises ``ValueError`` for a request that can't be run, before any is."""
         asked = list(requests)
         for request in asked:
-            self._check(request)
+            self.check(request)
         together = [[place] for place in range(len(asked))]
         if self.kept_sets == "image":
             together = groups([self._whose(request) for request in asked], [len(request.tokens) for request in asked])
@@ -288,7 +288,7 @@ class Engine:
         self.seconds.clear()
         self.memory.reset_peaks()
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
         places = request.tokens.count(self.image_token)
         if places != len(request.images):
             raise ValueError(f"request {request.id!r} has {places} image tokens for {len(request.images)} images")
