@@ -17,10 +17,18 @@ class Amounts:
     """Images with five questions each."""
     four_tiles: int = 48
     """Four-tile images of the load that decoding is measured on."""
-    prefills: int = 40
-    """Images of the prefills that selection is measured on."""
-    turns: int = 7
-    """Such prefills with either policy."""
+    growth_rows: int = 40
+    """Questions that are asked about ever fewer images: a multiple of each number of questions an image."""
+    share_rows: int = 32
+    """Four-tile images that decoding is timed on at several kept shares,"""
+    share_length: int = 32
+    """and tokens of each answer."""
+    turns: int = 3
+    """Passes of each of these two."""
+    prefills: int = 20
+    """Prompts of the prefills that selection is measured on."""
+    selection_turns: int = 16
+    """Such prefills with each policy."""
     rounds: int = 3
     """Passes of every other contender, at most."""
     minutes: float = 28.0
@@ -33,6 +41,18 @@ class Amounts:
 
 
 QUICK = Amounts(
-    tiny=True, captions=8, questions=2, four_tiles=6, prefills=4, turns=2, rounds=1, max_sequences=4, budget_sequences=2
+    tiny=True,
+    captions=8,
+    questions=2,
+    four_tiles=6,
+    growth_rows=20,
+    share_rows=4,
+    share_length=4,
+    turns=1,
+    prefills=5,
+    selection_turns=2,
+    rounds=1,
+    max_sequences=4,
+    budget_sequences=2,
 )
 """Shows that everything runs, and measures nothing."""

@@ -1,6 +1,6 @@
 """Measure the engine against the recipe users have today: ``python -m benchmarks.cpu --output benchmarks/results``.
 
-One process, all contenders in turns, at most half an hour on two cores. Writes ``cpu.json`` and ``cpu.md``.
+One process, all contenders in turns, at most half an hour on two cores. Writes ``cpu.json``, ``cpu.md`` and ``cpu-decode.svg``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIONS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of cpu.json and cpu.md")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     for name, kind, what in OPTIONS:
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what}; default: {getattr(Amounts(), name)}")
     parser.add_argument("--without-ray", action="store_true", help="leave out the run through Ray Data")
@@ -53,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path, measured: dict[str, Any]) -> None:
-    """Both files."""
-    from benchmarks.page import markdown
+    """All files."""
+    from benchmarks.page import PLOT, markdown, plot
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu.json").write_text(json.dumps(measured, indent=1) + "\n")
     (folder / "cpu.md").write_text(markdown(measured))
+    (folder / f"{PLOT}.svg").write_text(plot(measured))
 
 
 if __name__ == "__main__":

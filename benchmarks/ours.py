@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
@@ -14,8 +13,8 @@ from pipeline.images import Normaliser, Tiler, digest
 from pipeline.pictures import decode
 from pipeline.prompts import Prompter
 from trimming import KeepAll, Policy
-from trimming.engine import Completion, Engine, Image, Request
-from trimming.engine.vision import ImageCache
+from trimming.engine import Completion, Engine, Image, KeptSets, Request
+from trimming.engine.vision import ImageCache, TowerTiles
 
 IMAGE_CACHE_BYTES = 1 << 30
 
@@ -40,19 +39,19 @@ class Ours:
         workload: Workload,
         policy: Policy | None = None,
         *,
+        kept_sets: KeptSets = "image",
         batch_size: int | None = None,
         reuse: bool = True,
-        tower_tiles: Literal["all", "real"] = "all",
-        images: ImageCache | None = None,
+        tower_tiles: TowerTiles = "all",
     ) -> Pass:
         """One pass with an engine of its own, whose making is not timed, as the model's is not.
 
         ``batch_size`` stands for static batches: each goes on for all its rows until the longest is done, as the peer's do, and
         only then comes the next; None hands all rows over at once. Without ``reuse`` every row has an image of its own, decoded
-        and encoded anew. ``images`` were encoded in passes before. The default policy keeps everything.
+        and encoded anew. The default policy keeps everything.
         """
-        engine = self.engine(policy or KeepAll(), IMAGE_CACHE_BYTES if reuse else 0, tower_tiles, batch_size)
-        engine.images = images or engine.images
+        images = ImageCache(IMAGE_CACHE_BYTES if reuse else 0)
+        engine = self.engine(policy or KeepAll(), images, kept_sets, tower_tiles, batch_size)
         preparing = generating = 0.0
         completions: list[Completion] = []
         tokens: list[list[int]] = []
@@ -86,21 +85,26 @@ class Ours:
     def engine(
         self,
         policy: Policy,
-        image_cache_bytes: int,
-        tower_tiles: Literal["all", "real"] = "all",
+        images: ImageCache | None = None,
+        kept_sets: KeptSets = "image",
+        tower_tiles: TowerTiles = "all",
         sequences: int | None = None,
     ) -> Engine:
-        """No token ends a row: its length does. ``sequences`` is how many decode at once where it is not ``max_sequences``."""
-        return Engine(
+        """No token ends a row: its length does. ``images`` are those encoded before, by default none; ``sequences`` is how many
+        decode at once where it is not ``max_sequences``."""
+        engine = Engine(
             self.model,
             policy,
             normalise=self.normalise,
             eos=(),
             kv_bytes=self.kv_bytes,
             max_sequences=sequences or self.max_sequences,
-            image_cache_bytes=image_cache_bytes,
             tower_tiles=tower_tiles,
+            kept_sets=kept_sets,
         )
+        # An empty cache is false.
+        engine.images = ImageCache(IMAGE_CACHE_BYTES) if images is None else images
+        return engine
 
     def requests(
         self, workload: Workload, rows: Sequence[int], known: dict[int, Image] | None, length: int | None = None
@@ -140,4 +144,6 @@ def measured(engine: Engine, completions: Sequence[Completion]) -> dict[str, flo
         "images_encoded": counted.images_encoded,
         "peak_sequences": counted.peak_sequences,
         "peak_cross_kv_bytes": counted.peak_cross_kv_bytes,
+        "cross_kv_byte_seconds": counted.cross_kv_byte_seconds,
+        "cross_kv_bytes_read": counted.cross_kv_bytes_read,
     }

@@ -1,9 +1,9 @@
-"""Who takes part in ``make pareto``: a new policy is one line in ``CONTENDERS``."""
+"""Who takes part in ``make pareto``: a new policy is one line in ``POLICIES``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimming import (
     DivPrune,
@@ -20,9 +20,10 @@ from trimming import (
     WeightedFarthest,
     ZipVL,
 )
+from trimming.engine import KeptSets
 
-TARGETS = (0.7, 0.5, 0.3, 0.15, 0.05)
-"""Shares of all features' KV bytes that are asked for."""
+TARGETS = (0.5, 0.3, 0.15, 0.05)
+"""Shares that are asked for of what is held with all features: the most bytes of images' keys and values at once."""
 REFERENCE = "trimmed-llama"
 """What all others are matched to and compared with."""
 
@@ -46,12 +47,21 @@ class Contender:
     make: Callable[[float], Policy]
     """From the parameter, in (0, 1]."""
     parameter: Callable[[float], float | None] | None = same
-    """From a share of all features' KV bytes to the parameter, or to None where it can't be had. None in its place: what is
-    kept depends on the data, and the parameter is searched for."""
+    """From a share of what all features hold to the parameter, or to None where it can't be had. None in its place: what is
+    held depends on the data, and the parameter is searched for."""
     control: bool = False
+    kept_sets: KeptSets = "image"
 
 
-CONTENDERS = (
+def both(one: Contender) -> tuple[Contender, ...]:
+    """A contender and, if its policy looks at the text, the same with a kept set a question."""
+    if one.make(0.5).where == "features":
+        return (one,)
+    return one, replace(one, name=one.name + BY_QUESTION, parameter=None, kept_sets="question")
+
+
+BY_QUESTION = " by question"
+POLICIES = (
     Contender(REFERENCE, lambda k: TrimmedLlama(k_ratio=k), parameter=None),
     Contender("fastv", lambda keep: FastV(keep=keep)),
     Contender("zipvl", lambda mass: ZipVL(mass=mass), parameter=None),
@@ -65,6 +75,7 @@ CONTENDERS = (
     Contender("random", lambda keep: Random(keep=keep), control=True),
     Contender("grid", lambda keep: Grid(keep=keep), control=True),
 )
+CONTENDERS = tuple(each for one in POLICIES for each in both(one))
 
 
 @dataclass(frozen=True, slots=True)

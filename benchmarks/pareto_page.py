@@ -1,4 +1,4 @@
-"""``pareto.md``: tables of quality at equal bytes, and what they come to in words computed from the numbers."""
+"""``pareto.md``: tables of quality at equal held bytes, and what they come to in words computed from the numbers."""
 
 from __future__ import annotations
 
@@ -21,21 +21,31 @@ ARROWS = {"better": " ↑", "worse": " ↓", "not distinguishable": ""}
 
 def markdown(report: Report) -> str:
     lines = [
-        "Every policy at equal KV bytes, on the demo model. Share of answers that are right as a whole, in %, ± half of its 95 "
-        "% interval (bootstrap over images). **Bold**: the best at that share, and what is not distinguishable from it (paired "
-        f"differences, 95 %). ↑ ↓: better or worse than {report['reference']} at that share; nothing: not distinguishable.",
+        "Every policy at equal held bytes, on the demo model: the most bytes of images' keys and values that the engine held "
+        "at once, those that questions share counted once, as a share of what it holds with all features. One kept set an "
+        "image, or *by question* (hollow). Share of answers that are right as a whole, in %, ± half of its 95 % interval "
+        "(bootstrap over images). **Bold**: the best at that share, and what is not distinguishable from it (paired "
+        "differences, 95 %). "
+        f"↑ ↓: better or worse than {report['reference']} at that share; nothing: not distinguishable.",
         "",
-        "![Quality against KV bytes](pareto-kv.svg)",
+        "![Quality against the most bytes held at once](pareto-kv.svg)",
+        "",
+        "![Quality against bytes held over time](pareto-byte-seconds.svg)",
         "",
         "![Quality against seconds](pareto-time.svg)",
     ]
     for name, data in report["sets"].items():
         lines += ["", f"## {name}", "", f"{data['rows']:,} questions on {data['images']:,} images.", ""]
         lines += quality(report, data)
-        lines += ["", "Measured: KV bytes in % of all features', and milliseconds of prefill and decoding a question:", ""]
+        lines += [
+            "",
+            "Measured: bytes held, most at once and over time, each in % of all features', and milliseconds of prefill and "
+            "decoding a question:",
+            "",
+        ]
         lines += costs(report, data)
         target = min((each["target"] for each in data["fractions"]), key=lambda t: abs(t - KINDS_AT))
-        lines += ["", f"By kind of question, at {percent(share_at(data, target))} % of the KV bytes:", ""]
+        lines += ["", f"By kind of question, with {percent(share_at(data, target))} % held:", ""]
         lines += kinds(report, data, target)
         lines += rivals(report, data)
         lines += ["", *said(report, data)]
@@ -62,20 +72,19 @@ def quality(report: Report, data: Report) -> Iterator[str]:
         points = [at(data, name, target) for target in targets]
         if any(points):
             yield row([label(report, name), *(scored(point, ALL) if point else NONE for point in points)])
-    yield row([f"KV bytes, {report['reference']}", *(percent(each["share"]) for each in data["fractions"])])
+    yield row([f"held, {report['reference']}", *(percent(each["share"]) for each in data["fractions"])])
 
 
 def costs(report: Report, data: Report) -> Iterator[str]:
     full = data["points"][0]
     targets = [each["target"] for each in data["fractions"]]
-    yield row(["policy", *(f"{target:g}, bytes · ms" for target in targets)])
+    yield row(["policy", *(f"{target:g}, most · over time · ms" for target in targets)])
     yield row(["---", *["---:"] * len(targets)])
-    yield row(["all features", *[f"100.0 · {milliseconds(full)}"] * len(targets)])
+    yield row(["all features", *[f"100.0 · 100.0 · {milliseconds(full)}"] * len(targets)])
     for name in [*report["contenders"], "lower resolution"]:
         points = [at(data, name, target) for target in targets]
         if any(points):
-            cells = (f"{percent(p['share'])}{mark(data, p)} · {milliseconds(p)}" if p else NONE for p in points)
-            yield row([label(report, name), *cells])
+            yield row([label(report, name), *(measured(data, point) if point else NONE for point in points)])
     yield from unequal(report, data)
 
 
@@ -95,14 +104,14 @@ def rivals(report: Report, data: Report) -> Iterator[str]:
     yield ""
     found = [point for point in data["points"] if point["contender"] in ("fewer tiles", "lower resolution")]
     if not found:
-        yield "Its images take one tile each: fewer tiles or a lower resolution can't save a byte here."
+        yield "Its images take one tile each: fewer tiles or a lower resolution can't hold less here."
         return
     yield (
         "Fewer tiles, and images shrunk before they are cut; all features of what is left are kept. The demo model was trained "
         "on scenes at their own resolution, with objects of 28 pixels and more: it has not learnt to see smaller ones."
     )
     yield ""
-    yield row(["images", "KV bytes", "ms", "right", f"{report['reference']} at", "the images' less its, points"])
+    yield row(["images", "held", "ms", "right", f"{report['reference']} at", "the images' less its, points"])
     yield row(["---", *["---:"] * 4, "---"])
     for point in sorted(found, key=lambda each: (each["contender"], -each["share"])):
         against = point["against_reference"]
@@ -188,11 +197,11 @@ def conditions(report: Report) -> Iterator[str]:
     yield ""
     listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
     yield (
-        f"{listed}; model {report['model_sha256'][:12]}. Each policy is set to the KV bytes that {report['reference']} was "
-        f"measured to take at the setting nearest to the share in the column's head: parameters that depend on the data "
-        "(trimmed-llama's K, zipvl's mass) were searched for on a part of the data, without a look at the answers. think cuts "
-        "key channels, and stands by its bytes, which can't fall below half. Verdicts are not corrected for their number: one "
-        "difference in twenty that is none will look like one."
+        f"{listed}; model {report['model_sha256'][:12]}. Each policy is set to the bytes that {report['reference']} was "
+        f"measured to hold at the setting nearest to the share in the column's head: parameters that depend on the data "
+        "(trimmed-llama's K, zipvl's mass, all of those by question) were searched for on a part of the data, without a look "
+        "at the answers. By question nothing holds less than a feature for each question. think cuts key channels, and can't "
+        "fall below half. Verdicts are not corrected for their number: one difference in twenty that is none looks like one."
     )
     yield ""
     yield (
@@ -246,6 +255,11 @@ def scored(point: Point, kind: str) -> str:
     if against is None:
         return text
     return text + ("" if against["equal_cost"] else " †") + ARROWS[against["kinds"][kind]["verdict"]]
+
+
+def measured(data: Report, point: Point) -> str:
+    over_time = point["held_byte_seconds_per_row"] / data["points"][0]["held_byte_seconds_per_row"]
+    return f"{percent(point['share'])}{mark(data, point)} · {percent(over_time)} · {milliseconds(point)}"
 
 
 def mark(data: Report, point: Point) -> str:

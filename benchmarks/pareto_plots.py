@@ -1,6 +1,7 @@
-"""``pareto-kv.svg`` and ``pareto-time.svg``: quality against KV bytes and against seconds, the data sets side by side.
+"""Quality against held bytes, bytes held over time, and seconds: a plot each, the data sets side by side.
 
-A line's dash says where its policy looks, its colour and marker which one it is; every line is also named at its end.
+A line's dash says where its policy looks, its colour and marker which one it is, hollow where each question keeps a set of its
+own; every line is also named at its end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.pareto_contenders import BY_QUESTION
 from benchmarks.pareto_page import ALL, Point, Report
 from jobs.comparison.drawing import INK, Drawing, as_file
 
@@ -51,14 +53,18 @@ OWN = (Look("#d55e00", "p"), Look("#0072b2", "8"), Look("#009e73", "H"), Look("#
 
 def plots(report: Report) -> dict[str, str]:
     """SVG by name."""
-    kv = figure(report, "pareto-kv", "cross KV per question, KiB (log scale)", lambda point: point["kv_bytes_per_row"] / 1024)
-    time = figure(
-        report,
-        "pareto-time",
-        "prefill and decoding per question, ms (log scale; CPU, fp32)",
-        lambda point: point["ms_per_row"]["both"],
-    )
-    return {"pareto-kv": kv, "pareto-time": time}
+    axes: dict[str, tuple[str, Callable[[Point], float]]] = {
+        "pareto-kv": ("cross KV held at once, MB (log scale)", lambda point: point["held_bytes"] / 1e6),
+        "pareto-byte-seconds": (
+            "cross KV held over time per question, kB s (log scale)",
+            lambda point: point["held_byte_seconds_per_row"] / 1e3,
+        ),
+        "pareto-time": (
+            "prefill and decoding per question, ms (log scale; CPU, fp32)",
+            lambda point: point["ms_per_row"]["both"],
+        ),
+    }
+    return {name: figure(report, name, across, place) for name, (across, place) in axes.items()}
 
 
 def figure(report: Report, name: str, across: str, place: Callable[[Point], float]) -> str:
@@ -73,7 +79,10 @@ def figure(report: Report, name: str, across: str, place: Callable[[Point], floa
             series = lines(report, data)
             ends = []
             for contender, points in series.items():
-                handles[contender] = draw(axes, look(report, contender), points, place)
+                hollow = contender.endswith(BY_QUESTION)
+                drawn = draw(axes, look(report, contender), points, place, hollow)
+                if not hollow:
+                    handles[contender] = drawn
                 if contender != "all features":
                     ends.append((contender, place(points[-1]), points[-1]["accuracy"][ALL]["value"]))
             scale(axes, [point for points in series.values() for point in points], place)
@@ -100,13 +109,14 @@ def lines(report: Report, data: Report) -> dict[str, list[Point]]:
 
 
 def look(report: Report, contender: str) -> Look:
+    contender = contender.removesuffix(BY_QUESTION)
     if contender in LOOKS:
         return LOOKS[contender]
-    own = [name for name in report["contenders"] if name not in LOOKS]
+    own = [name for name in report["contenders"] if name not in LOOKS and not name.endswith(BY_QUESTION)]
     return OWN[own.index(contender) % len(OWN)]
 
 
-def draw(axes: Axes, style: Look, points: list[Point], place: Callable[[Point], float]) -> Any:
+def draw(axes: Axes, style: Look, points: list[Point], place: Callable[[Point], float], hollow: bool) -> Any:
     xs, scores = [place(point) for point in points], [point["accuracy"][ALL] for point in points]
     ys = [each["value"] for each in scores]
     low = [0 if each["low"] is None else each["value"] - each["low"] for each in scores]
@@ -120,7 +130,8 @@ def draw(axes: Axes, style: Look, points: list[Point], place: Callable[[Point], 
         marker=style.marker,
         linestyle=style.dash,
         markersize=12 if style.marker == "*" else 6,
-        linewidth=2.2 if thick else 1.3,
+        markerfacecolor="white" if hollow else style.colour,
+        linewidth=0.8 if hollow else 2.2 if thick else 1.3,
         elinewidth=0.8,
         alpha=0.95,
         zorder=4 if thick else 3,

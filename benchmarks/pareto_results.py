@@ -1,4 +1,4 @@
-"""From finished cells to ``pareto.json``: accuracies with their intervals, paired differences, bytes and seconds."""
+"""From finished cells to ``pareto.json``: accuracies with their intervals, paired differences, held bytes and seconds."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def point(entry: Entry, cells: Sequence[Cell]) -> Result:
         "max_tiles": entry.view.max_tiles,
         "scale": entry.view.scale,
         "sought_share": entry.share,
-        "kv_bytes": sum(cell["kv_bytes"] for cell in cells),
+        "kept_sets": entry.kept_sets,
+        "held_bytes": statistics.mean(cell["held_bytes"] for cell in cells),
+        "held_byte_seconds_per_row": sum(cell["held_byte_seconds"] for cell in cells) / rows,
         "output_tokens": sum(cell["output_tokens"] for cell in cells),
         "ms_per_row": {
             **{name: 1000 * value / rows for name, value in seconds.items()},
@@ -88,10 +90,9 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
     def of_kind(values: np.ndarray, kind: str) -> Clusters:
         return Clusters.of(images[masks[kind]], values[masks[kind]])
 
-    full = points[0]["kv_bytes"]
+    full = points[0]["held_bytes"]
     for one, values in zip(points, right, strict=True):
-        one["share"] = one["kv_bytes"] / full
-        one["kv_bytes_per_row"] = one["kv_bytes"] / len(rows)
+        one["share"] = one["held_bytes"] / full
         one["accuracy"] = by_kind(values, lambda clusters: short(score(clusters).as_dict()))
 
     def against(one: int, other: int) -> Result:

@@ -28,13 +28,16 @@ from pipeline.engine import Engine, Prompt
 from pipeline.images import Tiler, Tiles, digest
 from pipeline.pictures import decode
 from trimming import KeepAll, Policy, ThinK, TrimmedLlama, VisionZip
+from trimming.engine import KeptSets
 
 CLOSE = 0.01
 """Shares of the features that count as equal."""
-TOLERANCE, TRIES = 0.002, 12
-"""A search ends at a share this near, or after as many passes over its part of the data."""
-PART = 400
-"""Images in that part, at most, with a question each."""
+TOLERANCE, TRIES = 0.004, 12
+"""A search ends at a share this near, or after as many passes over its part of the data,"""
+FINEST = 1 / 1024
+"""or between parameters this near: no image has more than 260 features."""
+PART = 25
+"""Images in that part, at most, with all their questions."""
 
 Cell = dict[str, Any]
 
@@ -60,9 +63,9 @@ class DataSet:
 
     @property
     def part(self) -> list[Row]:
-        """What parameters are searched on: images from all over the set, each with one of its questions in turn."""
+        """What parameters are searched on: images from all over the set."""
         step = max(1, len(self.images) // PART)
-        return [image[number % len(image)] for number, image in enumerate(self.images[::step][:PART])]
+        return [row for image in self.images[::step][:PART] for row in image]
 
 
 # ---- answering --------------------------------------------------------------------------------------------------------------
@@ -71,24 +74,24 @@ class DataSet:
 class Bench:
     """The demo model with an engine for each kind of policy, all of which share what any of them encoded.
 
-    Kinds, since an engine refuses to change between policies that slice keys and those that don't, and drops encoded images
-    when a policy looks at the tower's attention and the one before did not.
+    Kinds, since an engine is made for one way of keeping sets, refuses to change between policies that slice keys and those
+    that don't, and drops encoded images when a policy looks at the tower's attention and the one before did not.
     """
 
     def __init__(self, model: Path) -> None:
         self.answerer, self.weights = Answerer(model), model / "model.safetensors"
-        self._engines: dict[tuple[bool, bool], Engine] = {}
+        self._engines: dict[tuple[KeptSets, bool, bool], Engine] = {}
         self._tilers: dict[int | None, Tiler] = {}
         self._tiles: dict[tuple[str, View], Tiles] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._seen: set[tuple[str, View]] = set()
 
-    def engine(self, policy: Policy) -> Engine:
-        kind = (policy.slices, "class_attention" in policy.looks_at)
+    def engine(self, policy: Policy, kept_sets: KeptSets) -> Engine:
+        kind = (kept_sets, policy.slices, "class_attention" in policy.looks_at)
         if kind in self._engines:
             self._engines[kind].batch.use(policy)
         else:
-            self._engines[kind] = self.answerer.engine(policy)
+            self._engines[kind] = self.answerer.engine(policy, kept_sets=kept_sets)
         return self._engines[kind]
 
     def see(self, rows: Sequence[Row], view: View) -> Cell:
@@ -100,13 +103,14 @@ class Bench:
         self._seen.update(new)
         return {name: sum(each[name] for each in passes) for name in ("images_encoded", "tower")}
 
-    def answers(self, policy: Policy, rows: Sequence[Row], view: View) -> Cell:
+    def answers(self, policy: Policy, rows: Sequence[Row], view: View, kept_sets: KeptSets = "image") -> Cell:
         self.see(rows, view)
-        return self._answers(policy, rows, view)
+        return self._answers(policy, rows, view, kept_sets)
 
-    def _answers(self, policy: Policy, rows: Sequence[Row], view: View) -> Cell:
-        """What the rows came to: right or wrong as a string of 1 and 0, bytes, tokens and seconds of all of them."""
-        engine = self.engine(policy)
+    def _answers(self, policy: Policy, rows: Sequence[Row], view: View, kept_sets: KeptSets = "image") -> Cell:
+        """What the rows came to: right or wrong as a string of 1 and 0, the images' keys and values that were held (the most
+        bytes at once, and bytes times seconds), tokens and seconds of all of them."""
+        engine = self.engine(policy, kept_sets)
         prompts = [self._prompt(row, view) for row in rows]
         engine.batch.reset_statistics()
         began = time.perf_counter()
@@ -116,8 +120,8 @@ class Bench:
             "policy": repr(policy),
             "rows": len(rows),
             "right": "".join("01"[answer.text == row.answer] for answer, row in zip(said, rows, strict=True)),
-            "kv_bytes": sum(answer.cross_kv_bytes for answer in said),
-            "kv_bytes_full": sum(answer.cross_kv_bytes_full for answer in said),
+            "held_bytes": engine.batch.statistics.peak_cross_kv_bytes,
+            "held_byte_seconds": engine.batch.statistics.cross_kv_byte_seconds,
             "output_tokens": sum(answer.output_tokens for answer in said),
             "images_encoded": engine.batch.statistics.images_encoded,
             **{name: round(engine.batch.seconds[name], 4) for name in ("tower", "prefill", "decode")},
@@ -210,6 +214,7 @@ class Entry:
     policy: Policy = field(default_factory=KeepAll)
     parameter: float | None = None
     view: View = WHOLE
+    kept_sets: KeptSets = "image"
 
 
 class Study:
@@ -240,7 +245,8 @@ class Study:
             for target, (_, share) in reached.items():
                 parameter = reached[target][0] if contender is reference else self.parameter(contender, share)
                 if parameter is not None:
-                    entries.append(Entry(contender.name, target, share, contender.make(parameter), parameter))
+                    policy, kept_sets = contender.make(parameter), contender.kept_sets
+                    entries.append(Entry(contender.name, target, share, policy, parameter, kept_sets=kept_sets))
         had = [share for _, share in reached.values()]
         for rival in list(self.rivals(reached)):
             entries.append(rival)
@@ -268,14 +274,16 @@ class Study:
         return self.find(contender, share)[0] if contender.parameter is None else contender.parameter(share)
 
     def find(self, contender: Contender, share: float) -> tuple[float, float]:
-        """The parameter whose measured share of KV bytes is nearest to ``share`` on a part of the data, and that share."""
+        """The parameter whose measured share of held bytes is nearest to ``share`` on a part of the data, and that share."""
         part = self.data.part
         self.journal.once(self._key("tower", WHOLE, "part"), lambda: self.bench.see(part, WHOLE))
 
+        def held(policy: Policy, kept_sets: KeptSets = "image") -> int:
+            key = self._key("part", policy, kept_sets)
+            return int(self.journal.once(key, lambda: self.bench.answers(policy, part, WHOLE, kept_sets))["held_bytes"])
+
         def shares(parameter: float) -> float:
-            policy = contender.make(parameter)
-            cell = self.journal.once(self._key("part", policy, WHOLE), lambda: self.bench.answers(policy, part, WHOLE))
-            return float(cell["kv_bytes"] / cell["kv_bytes_full"])
+            return held(contender.make(parameter), contender.kept_sets) / held(KeepAll())
 
         found, came = find(shares, share, self._found[contender.name])
         self.say(f"{self.data.name}: {contender.name} keeps {came:.1%} at {found:.4f} for {share:.1%}")
@@ -291,7 +299,9 @@ class Study:
     def measure(self, entry: Entry, block: int) -> Cell:
         rows = self.data.block(block)
         self.journal.once(self._key("tower", entry.view, block), lambda: self.bench.see(rows, entry.view))
-        return self.journal.once(self.key(entry, block), lambda: self.bench.answers(entry.policy, rows, entry.view))
+        return self.journal.once(
+            self.key(entry, block), lambda: self.bench.answers(entry.policy, rows, entry.view, entry.kept_sets)
+        )
 
     def cells(self, entry: Entry) -> list[Cell]:
         """The entry's finished cells, block by block."""
@@ -304,7 +314,7 @@ class Study:
         return sum(line["tower"] for line in lines) / max(1, sum(line["images_encoded"] for line in lines))
 
     def key(self, entry: Entry, block: int) -> str:
-        return self._key(block, entry.policy, entry.view)
+        return self._key(block, entry.policy, entry.view, entry.kept_sets)
 
     def _key(self, *what: Any) -> str:
         policies = [each for each in what if isinstance(each, Policy)] or [KeepAll()]
@@ -326,19 +336,22 @@ def find(
 ) -> tuple[float, float]:
     """The parameter in (0, 1] at which ``share_of``, which grows with it, is nearest to ``share``, and what it is there.
 
-    Halves the interval between the nearest below and above, until one is within ``tolerance`` or after ``tries``; ``seen`` is
-    what is known beforehand, and is filled.
+    Tries where a line between the nearest below and above has it, and every third time the middle, until one is within
+    ``tolerance``, after ``tries`` or within ``FINEST``; ``seen`` is what is known beforehand, and is filled.
     """
     seen.setdefault(1.0, 1.0)
-    for _ in range(tries):
+    for count in range(1, tries + 1):
         parameter = min(seen, key=lambda p: (abs(seen[p] - share), p))
         if abs(seen[parameter] - share) <= tolerance:
             break
         low = max((p for p, s in seen.items() if s < share), default=0.0)
         high = min((p for p, s in seen.items() if s >= share and p > low), default=1.0)
-        middle = (low + high) / 2
-        if middle in seen:
+        if high - low < FINEST:
             break
-        seen[middle] = share_of(middle)
+        below = seen.get(low, 0.0)
+        # Not at the ends, which are known.
+        part = min(0.98, max(0.02, (share - below) / (seen[high] - below))) if count % 3 and seen[high] > below else 0.5
+        found = low + part * (high - low)
+        seen[found] = share_of(found)
     parameter = min(seen, key=lambda p: (abs(seen[p] - share), p))
     return parameter, seen[parameter]

@@ -1,4 +1,4 @@
-"""What is measured, in which order: half of the features, the peer's batch sizes, what selection costs, then all in turns."""
+"""What is measured, in which order: half of the features, the peer's batch sizes, what trimming changes, then all in turns."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from functools import partial
 from benchmarks import workloads
 from benchmarks.amounts import Amounts
 from benchmarks.half import Half, find_half
+from benchmarks.language import measure_growth, measure_selection, measure_shares
 from benchmarks.model import BENCH, TINY, build_model, build_processor
-from benchmarks.ours import IMAGE_CACHE_BYTES, Ours
+from benchmarks.ours import Ours
 from benchmarks.peer import Peer
 from benchmarks.timing import Pass, Passes, take_turns
 from benchmarks.workloads import Workload
 from trimming import Random
 from trimming.costs import Geometry
 from trimming.engine.onednn import through_onednn
-from trimming.engine.vision import ImageCache
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128)
 SWEPT_ROWS = 20
 """The sweep takes each batch size over the fewest whole batches that have so many rows: a part like the whole."""
-CLOSE = 1.05
-"""A sweep's pass is a short one: batch sizes this close to the best may be better."""
+SLOW = 1.25
+"""The sweep ends at a batch size that takes so many times as long as the best one."""
 LINEAR, STATIC, REUSE, CONTINUOUS, TRIMMED = "linear", "static", "reuse", "continuous", "trimmed"
-RANDOM, REAL = "random", "real"
-ONCE = (LINEAR, STATIC, REUSE, RANDOM, REAL)
+BY_QUESTION, RANDOM, REAL = "by question", "random", "real"
+ONCE = (LINEAR, STATIC, REUSE, BY_QUESTION, RANDOM, REAL)
 """Contenders that no ratio with a goal is made of: one pass is enough to see where the time goes."""
 FULL, HALF = "full", "half"
 
@@ -43,7 +43,8 @@ class Study:
     def __init__(self, amounts: Amounts, say: Callable[[str], object]) -> None:
         self.began = time.monotonic()
         self.amounts, self.say = amounts, say
-        size, seed = TINY if amounts.tiny else BENCH, amounts.seed
+        self.size = size = TINY if amounts.tiny else BENCH
+        seed = amounts.seed
         self.captioning = workloads.captioning(amounts.captions, seed, size)
         self.questions = workloads.questions(amounts.questions, seed, size)
         self.four_tiles = workloads.four_tiles(amounts.four_tiles, seed, size)
@@ -58,11 +59,15 @@ class Study:
         self.narrow = Ours(self.model, self.processor, amounts.max_sequences, self.kv_budget)
 
         self.halves: dict[str, Half] = {}
-        """By workload."""
+        """By workload, one kept set an image; ``questions, by question`` beside them."""
         self.sweeps: dict[str, dict[int, Pass]] = {}
         """By workload, then by the peer's batch size: a pass over a part of the rows."""
-        self.selection: Passes = {}
-        """Prefills, by policy."""
+        self.growth: dict[int, Passes] = {}
+        """Prefill and decoding, by questions an image, then by who decides."""
+        self.shares: Passes = {}
+        """Prefill and decoding, by kept share."""
+        self.selection: dict[str, Passes] = {}
+        """Prefills, by workload, then by policy."""
         self.passes: dict[str, Passes] = {}
         """By workload, then by contender."""
 
@@ -77,22 +82,26 @@ class Study:
         self.peer(first, 4)
         self.ours(first)
         for name, load in self.loads.items():
-            self.halves[name] = half = find_half(self.ours, load.first(2 * SWEPT_ROWS))
+            self.halves[name] = find_half(self.ours, load.first(2 * SWEPT_ROWS))
+        part = self.questions.first(2 * SWEPT_ROWS)
+        self.halves[f"questions, {BY_QUESTION}"] = find_half(self.ours, part, "question")
+        for name, half in self.halves.items():
             self.say(f"{name}: K = {half.k_ratio} keeps {half.keep_fraction:.3f} of the features")
         for name in ("captioning", "questions"):
             self.sweeps[name] = self._sweep(name)
-        self.selection = self._select()
+        self.growth = measure_growth(self.ours, self.size, self.amounts, self.say)
+        self.shares = measure_shares(self.ours, self.four_tiles, self.amounts, self.say)
+        for name in ("captioning", "questions"):
+            policy = self.halves[name].policy
+            self.selection[name] = measure_selection(self.ours, self.loads[name], policy, self.amounts, self.say)
         self.passes = self._take_turns(spare)
 
     def batch_sizes(self, name: str) -> list[int]:
-        """The fastest from end to end, the next one where it came close, and the one that was fastest at generating."""
+        """The fastest from end to end, and the one that was fastest at generating."""
         swept = self.sweeps[name]
-        seconds = {size: swept[size].seconds / len(swept[size].tokens) for size in swept}
-        fastest = sorted(seconds, key=lambda size: seconds[size])[:2]
-        if seconds[fastest[-1]] > CLOSE * seconds[fastest[0]]:
-            fastest.pop()
+        fastest = min(swept, key=lambda size: swept[size].seconds / len(swept[size].tokens))
         generating = min(swept, key=lambda size: swept[size].generation / len(swept[size].tokens))
-        return list(dict.fromkeys([*fastest, generating]))
+        return list(dict.fromkeys([fastest, generating]))
 
     def best_peer(self, name: str, seconds: Callable[[Pass], float]) -> str:
         """The contender's name of the peer's batch size with the least median of ``seconds``."""
@@ -100,25 +109,18 @@ class Study:
         return min(map(peer_name, self.batch_sizes(name)), key=lambda peer: statistics.median(map(seconds, passes[peer])))
 
     def _sweep(self, name: str) -> dict[int, Pass]:
-        """Up to the first batch size that takes all rows at once."""
+        """Up to the first batch size that takes all rows at once, or far longer than the best."""
         load, swept = self.loads[name], {}
+        best = float("inf")
         for batch_size in BATCH_SIZES:
             rows = min(len(load.rows), -(-SWEPT_ROWS // batch_size) * batch_size)
             swept[batch_size] = done = self.peer(load.first(rows), batch_size)
-            self.say(f"{name}: peer, batches of {batch_size}: {done.seconds / rows:.3f} s a row")
-            if batch_size >= len(load.rows):
+            seconds = done.seconds / rows
+            self.say(f"{name}: peer, batches of {batch_size}: {seconds:.3f} s a row")
+            best = min(best, seconds)
+            if batch_size >= len(load.rows) or seconds > SLOW * best:
                 break
         return swept
-
-    def _select(self) -> Passes:
-        """Prefills with Trimmed-Llama, and with as many features drawn at random."""
-        brief = self.captioning.first(self.amounts.prefills).cut(1)
-        half, images = self.halves["captioning"], ImageCache(IMAGE_CACHE_BYTES)
-        # The tower is not what is measured: images are encoded once for all passes.
-        prefills = partial(self.ours, brief, images=images)
-        runs = {TRIMMED: partial(prefills, half.policy), RANDOM: partial(prefills, self._random(half))}
-        self.say(f"selection: {self.amounts.turns} times {len(brief.rows)} prefills with either policy")
-        return take_turns(runs, self.amounts.turns)
 
     def _take_turns(self, spare: Callable[[], float]) -> dict[str, Passes]:
         runs = {"captioning": self._ladder("captioning"), "questions": self._ladder("questions")}
@@ -139,16 +141,18 @@ class Study:
         runs: dict[str, Callable[[], Pass]] = {peer_name(size): partial(self.peer, load, size) for size in sizes}
         runs[LINEAR] = partial(Peer(through_onednn(self.model), self.processor), load, sizes[0])
         runs[STATIC] = partial(self.ours, load, batch_size=sizes[0], reuse=False)
-        if len(load.images) < len(load.rows):
+        several = len(load.images) < len(load.rows)
+        if several:
             runs[REUSE] = partial(self.ours, load, batch_size=sizes[0])
         runs[CONTINUOUS] = partial(self.ours, load)
         runs[TRIMMED] = partial(self.ours, load, half.policy)
-        runs[RANDOM] = partial(self.ours, load, self._random(half))
+        if several:
+            policy = self.halves[f"{name}, {BY_QUESTION}"].policy
+            runs[BY_QUESTION] = partial(self.ours, load, policy, kept_sets="question")
+        else:
+            runs[RANDOM] = partial(self.ours, load, Random(keep=half.keep_fraction, seed=self.amounts.seed))
         runs[REAL] = partial(self.ours, load, tower_tiles="real")
         return runs
-
-    def _random(self, half: Half) -> Random:
-        return Random(keep=half.keep_fraction, seed=self.amounts.seed)
 
     def _cache_bytes(self) -> int:
         """Of the longest row of all workloads, with four tiles and nothing trimmed."""

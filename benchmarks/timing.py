@@ -75,6 +75,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the middle half's ends."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Ratio of the medians; least and most of the ratios within a round."""
     rounds = [a / b for a, b in zip(above, below, strict=True)]

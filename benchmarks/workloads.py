@@ -71,14 +71,16 @@ def captioning(images: int, seed: int, size: ModelSize) -> Workload:
     return Workload(_files(tiles, draw, size), tiles, tuple(Row(i, prompt, lengths[i]) for i in range(images)))
 
 
-def questions(images: int, seed: int, size: ModelSize) -> Workload:
-    """Five questions an image, one after the other, of 20 to 40 tokens; answers of 1 to 16."""
+def questions(
+    images: int, seed: int, size: ModelSize, per_image: int = QUESTIONS, tile_mix: Sequence[int] = TILE_MIX
+) -> Workload:
+    """Questions about an image one after the other, of 20 to 40 tokens; answers of 1 to 16."""
     draw = np.random.default_rng([seed, 2])
-    count = images * QUESTIONS
-    tiles = _blocks(TILE_MIX, images, draw)
+    count = images * per_image
+    tiles = _blocks(tile_mix, images, draw)
     prompts = [_text(length, draw, size) for length in _blocks(QUESTION_PROMPTS, count, draw)]
     lengths = _blocks(ANSWER_LENGTHS, count, draw)
-    rows = tuple(Row(i // QUESTIONS, prompts[i], lengths[i]) for i in range(count))
+    rows = tuple(Row(i // per_image, prompts[i], lengths[i]) for i in range(count))
     return Workload(_files(tiles, draw, size), tiles, rows)
 
 

@@ -23,7 +23,7 @@ from demo.answerer import Answered, Answerer
 from jobs.comparison.bootstrap import Clusters, score
 
 ANEW = "`python -m benchmarks.gpu.answer_inputs` writes it anew (a minute)"
-TABLE_LABELS = {"full": "full", "trimmed": "trimmed-llama 0.25"}
+TABLE_LABELS = {"full": "full", "trimmed": "by-question 0.25"}
 PARTS = [f"{name}, {d}, {policy}" for d in DTYPES for name in ("scenes-test", "easy-vqa-test") for policy in POLICIES]
 
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.checks.memory import Scarce, check_out_of_memory
 from benchmarks.gpu.checks.references import check_logits, check_masked, check_policies, check_tokens, policy_family
 from benchmarks.gpu.checks.subject import DType, Subject, WrongError, demand, error_of
 from benchmarks.gpu.correct import GPU_TESTS, measure_correct
-from trimming import Policy, TrimmedLlama, policies
+from trimming import Policy, TrimmedLlama, VisualContext, policies
 from trimming.engine import Engine
 from trimming.engine.cuda import GraphDecode
 from trimming.engine.decode import Decode
@@ -71,8 +71,13 @@ def shift_positions(engine: Engine) -> None:
 
 
 def keep_the_next_features(engine: Engine) -> None:
-    inner = engine.prefill._select
-    engine.prefill._select = lambda *arguments: inner(*arguments).roll(1, -1)  # type: ignore[method-assign]
+    inner = engine.prefill._decide
+
+    def decide(context: VisualContext) -> tuple[Tensor, Tensor | None]:
+        kept, targets = inner(context)
+        return kept.roll(1, -1), targets
+
+    engine.prefill._decide = decide  # type: ignore[method-assign]
 
 
 def after_prefill(change: Callable[[Engine, Sequence_], object]) -> Callable[[Engine], None]:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from benchmarks import pareto, pareto_page, pareto_plots, pareto_results
-from benchmarks.pareto_contenders import CONTENDERS, REFERENCE, WHOLE, View, of_channels
-from benchmarks.pareto_run import CLOSE, Bench, DataSet, Entry, Journal, Study, code_of, find
+from benchmarks.pareto_contenders import BY_QUESTION, CONTENDERS, REFERENCE, WHOLE, View, of_channels
+from benchmarks.pareto_contenders import POLICIES as FAMILIES
+from benchmarks.pareto_run import TOLERANCE, Bench, DataSet, Entry, Journal, Study, code_of, find
 from demo import scenes, shards
 from demo.shards import Row
 from demo.table import ROOT
@@ -26,6 +27,8 @@ def test_every_policy_takes_part() -> None:
     taking = {type(each.make(0.5)).__name__ for each in CONTENDERS}
     assert taking == {kind for kind, _ in POLICIES.values()} - {"KeepAll"}
     assert {each.name for each in CONTENDERS if each.control} == {"random", "grid"}
+    by_question = {each.name.removesuffix(BY_QUESTION) for each in CONTENDERS if each.kept_sets == "question"}
+    assert by_question == {each.name for each in FAMILIES if each.make(0.5).where != "features"}
 
 
 def test_key_channels_take_half_of_the_bytes_at_least() -> None:
@@ -46,7 +49,7 @@ def test_a_policy_is_keyed_by_its_own_code() -> None:
 def test_search_finds_a_share(share: float) -> None:
     parameter, came = find(lambda p: p**0.5, share, {})
     assert came == parameter**0.5
-    assert abs(came - share) <= CLOSE / 5
+    assert abs(came - share) <= TOLERANCE
 
 
 def test_search_takes_the_nearest_step() -> None:
@@ -88,7 +91,8 @@ def hand_made() -> dict[str, Any]:
     def point(contender: str, target: float | None, share: float, right: str, view: View = WHOLE) -> dict[str, Any]:
         cell = {
             "rows": 80,
-            "kv_bytes": round(share * 81920),
+            "held_bytes": round(share * 81920),
+            "held_byte_seconds": share * 800,
             "output_tokens": 80,
             "prefill": 0.08,
             "decode": 0.04,
@@ -195,4 +199,16 @@ def test_policies_of_all_kinds_share_what_is_encoded(study: Callable[[], Study])
         assert cell["images_encoded"] == 0
     # An image at another size is another image.
     small = one.bench.answers(KeepAll(), rows, replace(WHOLE, scale=0.5))
-    assert small["kv_bytes"] < cell["kv_bytes"]
+    assert small["held_bytes"] < cell["held_bytes"]
+
+
+def test_questions_share_what_an_image_keeps(study: Callable[[], Study]) -> None:
+    one = study()
+    rows = one.data.block(0)
+    full, by_image, by_question = (
+        one.bench.answers(policy, rows, WHOLE, kept_sets)["held_bytes"]
+        for policy, kept_sets in ((KeepAll(), "image"), (FastV(0.5), "image"), (FastV(0.5), "question"))
+    )
+    # Two questions an image, half of the features each.
+    assert by_image == pytest.approx(full / 2, rel=0.02)
+    assert by_question == pytest.approx(full, rel=0.02)

@@ -20,10 +20,13 @@ from demo.answerer import Answerer
 from demo.shards import Row
 from demo.table import sha256
 from trimming import KeepAll, Policy, TrimmedLlama
+from trimming.engine import KeptSets
 
 FILE = Path(__file__).with_name("answers.parquet")
 MODEL = Path(__file__).resolve().parents[2] / "demo/model"
 POLICIES: Mapping[str, Policy] = {"full": KeepAll(), "trimmed": TrimmedLlama(k_ratio=0.25)}
+KEPT_SETS: KeptSets = "question"
+"""An answer must not depend on which questions are asked beside it: a rehearsal and the tests ask a few."""
 SCENES = 250
 EASY_VQA_QUESTIONS = 1_000
 MODEL_KEY = b"model_sha256"
@@ -79,7 +82,7 @@ def answered(answerer: Answerer, rows: Sequence[Row]) -> list[Question]:
     """The rows with the answers of ``answerer`` under every policy."""
     cpu: list[dict[str, CpuAnswer]] = [{} for _ in rows]
     for name, policy in POLICIES.items():
-        for answers, each in zip(cpu, answerer.answer(answerer.engine(policy), rows), strict=True):
+        for answers, each in zip(cpu, answerer.answer(answerer.engine(policy, kept_sets=KEPT_SETS), rows), strict=True):
             assert each.said.keep_fraction is not None, f"{each.row.id} has no image"
             answers[name] = CpuAnswer(each.said.text, each.said.keep_fraction)
     return [Question(row, answers) for row, answers in zip(rows, cpu, strict=True)]

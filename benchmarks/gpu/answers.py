@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.gpu.answer_inputs import MODEL, POLICIES, Question, read
+from benchmarks.gpu.answer_inputs import KEPT_SETS, MODEL, POLICIES, Question, read
 from benchmarks.gpu.bench import Bench, Result, SectionError, without_tf32
 from demo.answerer import Answered, Answerer
 from jobs.comparison.bootstrap import Clusters, score
@@ -80,7 +80,7 @@ class DemoAnswers:
         if not self._has_time_for(next(iter(self.sets.values()))):
             return
         answerer = Answerer(MODEL, self.bench.device, dtype)
-        engines = {name: answerer.engine(policy) for name, policy in POLICIES.items()}
+        engines = {name: answerer.engine(policy, kept_sets=KEPT_SETS) for name, policy in POLICIES.items()}
         for name, questions in self.sets.items():
             for policy, engine in engines.items():
                 if not self._has_time_for(questions):

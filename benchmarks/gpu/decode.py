@@ -21,7 +21,7 @@ from trimming.engine.layers import computing_on
 from trimming.engine.memory import GRAIN, Memory, spare_bytes
 from trimming.engine.scheduler import SLOT_GRAIN, activation_bytes, out_of_memory
 from trimming.engine.sequence import Encoded, ceil_to
-from trimming.engine.vision import Tower
+from trimming.engine.vision import ImageCache, Tower
 
 TILES = 4
 ENCODED = 4
@@ -110,8 +110,8 @@ class Crowd:
         one += rule.segment_elements_for([self.kept] * layers, [width] * layers, [width] * layers)
         self.largest = self.kv_bytes // rule.itemsize // GRAIN * GRAIN // one
         # The cache counts an image's features once for each key.
-        limit = 1 << 50
-        self.engine = Ours(bench.model, bench.processor, self.largest, self.kv_bytes).engine(policy, limit)
+        images = ImageCache(1 << 50)
+        self.engine = Ours(bench.model, bench.processor, self.largest, self.kv_bytes).engine(policy, images)
         self.submitted = 0
         self.picture = random_images(bench, TILES, 1)[0]
 

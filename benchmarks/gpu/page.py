@@ -305,7 +305,8 @@ def _questions(part: Result) -> list[str]:
         "## Five questions an image",
         "",
         f"{part.get('images')} images a pass, {part.get('rows')} rows. *Held*: the most cross-attention KV bytes that lay in "
-        "memory at once, shared ones counted once; *rows'*: what the rows' statistics add up to, over the pass.",
+        "memory at once, shared ones counted once; *rows'*: what the rows' statistics add up to, over the pass. "
+        "Trimmed: half of the features, with one kept set an image unless said otherwise.",
         "",
         *_contenders(part),
     ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.gpu.bench import Bench, Result
-from benchmarks.ours import IMAGE_CACHE_BYTES, Ours, measured
+from benchmarks.ours import Ours, measured
 from benchmarks.timing import Pass, spread, synchronise
 from benchmarks.workloads import Workload
 from trimming import Policy
@@ -29,7 +29,7 @@ def prepare(ours: Ours, load: Workload) -> list[Request]:
 
 def make_engine(bench: Bench, ours: Ours, policy: Policy) -> Engine:
     """An engine whose every batch size is captured: in a job that lasts for hours this is done once."""
-    engine = ours.engine(policy, IMAGE_CACHE_BYTES)
+    engine = ours.engine(policy)
     with computing_on(bench.device):
         engine.decode.warm_up()
     return engine

@@ -19,7 +19,7 @@ from trimming.costs import Look
 from trimming.engine import Engine, Request
 from trimming.engine.layers import computing_on
 from trimming.engine.sequence import Encoded, Sequence_
-from trimming.engine.vision import Tower
+from trimming.engine.vision import ImageCache, Tower
 from trimming.selection import farthest_points, unit_rows
 
 TILES = 2
@@ -44,7 +44,7 @@ def measure_prefill(bench: Bench, out: Result) -> None:
         features = [tower.encode([image])[0].clone() for image in images]
         kv_bytes = 2 * most * bench.costs.kv_bytes(amounts.caption_prompt + 64, tokens)
         for name, policy in POLICIES.items():
-            engine = Ours(bench.model, bench.processor, most, kv_bytes).engine(policy, 0)
+            engine = Ours(bench.model, bench.processor, most, kv_bytes).engine(policy, ImageCache(0))
             part: Result = {"batches": {}}
             out["policies"][name] = part
             for batch in amounts.prefills:
@@ -81,7 +81,7 @@ class Prefills:
     def __call__(self) -> None:
         engine, batch = self.engine, self.batch
         for sequence, features in zip(batch, self.features, strict=True):
-            sequence.encoded = [Encoded(TILES, features)]
+            sequence.group.encoded = [Encoded(TILES, features)]
         if not engine._reserve(batch):
             raise RuntimeError(f"{len(batch)} sequences do not fit the memory that was sized for them")
         engine.prefill(batch)

@@ -10,18 +10,19 @@ from benchmarks.gpu.passes import Passes, engine_pass, make_engine, prepare
 from benchmarks.half import find_half
 from benchmarks.ours import Ours
 from benchmarks.workloads import ANSWER_LENGTHS, QUESTION_PROMPTS, QUESTIONS
-from trimming import KeepAll
+from trimming import KeepAll, Policy
+from trimming.engine import KeptSets
 
-FULL, TRIMMED = "engine", "engine, trimmed"
+FULL, TRIMMED, BY_QUESTION = "engine", "engine, trimmed", "engine, trimmed by question"
 ROUND_SECONDS = 20.0
 """That the first round is taken to need, the engine and its graphs included."""
 HALF_IMAGES = 4
 
 
 def measure_questions(bench: Bench, out: Result) -> None:
-    """Fills ``out["contenders"]``. With all features the questions about one image share its keys and values, and trimmed each
-    keeps a set of its own: ``peak_cross_kv_bytes`` counts what lay in memory at once, once, and ``cross_kv_bytes_of_rows`` what
-    the rows' own statistics add up to, over the whole pass."""
+    """Fills ``out["contenders"]``: all features, half of them with one kept set an image, and with one a question.
+    ``peak_cross_kv_bytes`` counts what lay in memory at once, once, and ``cross_kv_bytes_of_rows`` what the rows' own
+    statistics add up to, over the whole pass."""
     amounts = bench.amounts
     rows = amounts.question_images * QUESTIONS
     longest = max(QUESTION_PROMPTS) + max(ANSWER_LENGTHS) + 32
@@ -30,8 +31,9 @@ def measure_questions(bench: Bench, out: Result) -> None:
     if not bench.has(ROUND_SECONDS):
         bench.say("questions: no time for a round")
         return
-    half = find_half(ours, workloads.questions(HALF_IMAGES, amounts.seed, bench.size))
-    out["k_ratio"] = half.k_ratio
+    load = workloads.questions(HALF_IMAGES, amounts.seed, bench.size)
+    half, half_by_question = find_half(ours, load), find_half(ours, load, "question")
+    out |= {"k_ratio": half.k_ratio, "k_ratio_by_question": half_by_question.k_ratio}
     engine = make_engine(bench, ours, KeepAll())
     passes, longest_round = Passes(bench, out), 0.0
     for number in range(amounts.rounds):
@@ -41,8 +43,13 @@ def measure_questions(bench: Bench, out: Result) -> None:
         began = time.monotonic()
         load = workloads.questions(amounts.question_images, amounts.seed + 1 + number, bench.size)
         requests = prepare(ours, load)
-        ways = [(FULL, KeepAll()), (TRIMMED, half.policy)]
-        for name, policy in ways[:: -1 if number % 2 else 1]:
+        ways: list[tuple[str, Policy, KeptSets]] = [
+            (FULL, KeepAll(), "image"),
+            (TRIMMED, half.policy, "image"),
+            (BY_QUESTION, half_by_question.policy, "question"),
+        ]
+        for name, policy, kept_sets in ways[:: -1 if number % 2 else 1]:
             engine.use(policy)
+            engine.kept_sets = kept_sets
             passes.add(name, engine_pass(bench, engine, requests), len(load.images))
         longest_round = max(longest_round, time.monotonic() - began)
