@@ -1,7 +1,6 @@
 """What trimming changes behind the vision tower: by questions an image, by kept share, and what selecting takes.
 
-Images are encoded before the clock starts, so that a pass is prefill and decoding alone. What an engine keeps with an image for
-later questions, the first cross-attention layer's keys and values, is computed anew in every pass, as for images that are new.
+Images are encoded before the clock starts, so that a pass is prefill and decoding alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from benchmarks.timing import Pass, Passes, take_turns
 from benchmarks.workloads import Workload
 from trimming import Grid, KeepAll, Policy, VisualContext
 from trimming.engine import Completion, Image, KeptSets
-from trimming.engine.sequence import Encoded
 from trimming.engine.vision import ImageCache
 from trimming.policies.policy import Where, no_scores
 
@@ -45,10 +43,9 @@ class LanguagePasses:
         self.images = ImageCache(IMAGE_CACHE_BYTES)
         known: dict[int, Image] = {}
         ours.engine(KeepAll(), self.images).generate(ours.requests(load.cut(1), range(len(load.rows)), known))
-        self.keys = [image.key for image in known.values()]
         self.requests = ours.requests(load, range(len(load.rows)), known)
         # One for all passes: its memory is not new to the system.
-        self.engine = ours.engine(KeepAll())
+        self.engine = ours.engine(KeepAll(), self.images)
 
     def __call__(self, policy: Policy, kept_sets: KeptSets = "image") -> Pass:
         completions = self.answer(policy, kept_sets)
@@ -67,10 +64,6 @@ class LanguagePasses:
         engine = self.engine
         engine.use(policy)
         engine.kept_sets = kept_sets
-        for key in self.keys:
-            encoded = self.images.get(key)
-            assert encoded is not None
-            engine.images.put(key, Encoded(encoded.tiles, encoded.features))
         engine.reset_statistics()
         return engine.generate(self.requests)
 

@@ -235,8 +235,11 @@ class Answerer:
         seen = done = 0
         for group in groups:
             self.room.take(len(group))
-            submitted = self._submit(group, decoding)
-            self.room.give(len(group) - len(submitted))
+            submitted: list[tuple[Row, Future[Completion]]] = []
+            try:
+                submitted = self._submit(group, decoding)
+            finally:
+                self.room.give(len(group) - len(submitted))
             for _, future in submitted:
                 future.add_done_callback(partial(_give, self.room))
             asked += submitted
@@ -306,8 +309,8 @@ class Answerer:
             now = {name: getattr(statistics, name) for name in COUNTERS} | dict(self.engine.batch.seconds)
             since = {name: value - self.accounted.get(name, 0) for name, value in now.items()}
             self.accounted = now
-        for stage in self.engine.batch.seconds:
-            seconds[stage] += since.get(stage, 0.0)
+        for stage in now.keys() - set(COUNTERS):
+            seconds[stage] += since[stage]
         return {name: since[name] for name in COUNTERS} | {name: getattr(statistics, name) for name in PEAKS}
 
     def _actor_seconds(self) -> float:

@@ -155,14 +155,8 @@ class Engine:
         Raises ``ValueError`` for a prompt that can't be run, before any is.
         """
         asked = list(prompts)
-        for prompt in asked:
-            self.check(prompt)
-        futures: dict[int, Future[Completion]] = {}
-        for places in self.groups([p.keys for p in asked], [len(p.tokens) for p in asked]):
-            futures |= zip(places, self.submit_together([asked[place] for place in places]), strict=True)
-        while not all(future.done() for future in futures.values()):
-            self.batch.step()
-        return [self.answer(len(prompt.tokens), futures[place].result()) for place, prompt in enumerate(asked)]
+        done = self.batch.generate(map(self._request, asked))
+        return [self.answer(len(prompt.tokens), completion) for prompt, completion in zip(asked, done, strict=True)]
 
     def _request(self, prompt: Prompt) -> Request:
         decoding = self.decoding

@@ -39,15 +39,17 @@ from trimming import (
     ZipVL,
 )
 from trimming.engine import Completion, Engine, decode, groups, request
-from trimming.engine.sequence import Decision, Group
+from trimming.engine.sequence import Decision, Sequence_
 
-LOOKING = [TrimmedLlama(0.2), FastV(0.3), SnapKV(0.3), ZipVL(0.5), ElasticCache(0.3), Spread(0.3), ThinK(0.5, TrimmedLlama(0.2))]
+FIRST = TrimmedLlama(0.2)
+LOOKING = [FIRST, FastV(0.3), SnapKV(0.3), ZipVL(0.5), ElasticCache(0.3), Spread(0.3), ThinK(0.5, FIRST)]
 """Policies that look at the text."""
 BLIND = [KeepAll(), Random(0.4), DivPrune(0.3), VisionZip(0.3)]
 LENGTHS = [5, 9, 1, 7, 3]
+TWO_TILES = Row((2,))
 
 
-def questions(count: int, row: Row = Row((2,)), seed: int = 0) -> list[Prompt]:
+def questions(count: int, row: Row = TWO_TILES, seed: int = 0) -> list[Prompt]:
     """Prompts about the same images, whose texts behind them differ in words and in length."""
     first = make_prompts([row], seed)[0]
     asked = []
@@ -144,8 +146,11 @@ def test_requests_about_other_images_can_t_decide_together() -> None:
     (text,) = make_prompts([Row(())])
     with pytest.raises(ValueError, match="'0' is not about the images"):
         engine.submit_together([text.request("0"), text.request("1")])
-    with pytest.raises(ValueError, match="65 requests are too many"):
+    with pytest.raises(ValueError, match=r"65 requests of .* tokens are too many"):
         engine.submit_together([one.request(str(i)) for i in range(65)])
+    long = Prompt([*one.tokens, *[5] * 200], one.images, {})
+    with pytest.raises(ValueError, match=r"64 requests of 13,.* tokens are too many"):
+        engine.submit_together([long.request(str(i)) for i in range(64)])
     with pytest.raises(ValueError, match="kept_sets='both'"):
         make_engine(kept_sets="both")
     assert_empty(engine)
@@ -249,6 +254,18 @@ def tight(engine: Engine) -> None:
     engine.decode.step = fails  # type: ignore[method-assign]
 
 
+def narrow(engine: Engine) -> None:
+    """A prefill, or a decision, of more than two prompts runs out of memory."""
+    run = engine.prefill._run
+
+    def fails(batch: Any) -> Tensor:
+        if len(batch.sequences) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(batch)
+
+    engine.prefill._run = fails  # type: ignore[method-assign]
+
+
 HARDSHIPS: dict[str, tuple[dict[str, Any], Callable[[Engine], None]]] = {
     "one at a time": ({"max_sequences": 1}, lambda engine: None),
     "two at a time": ({"max_sequences": 2}, lambda engine: None),
@@ -256,7 +273,8 @@ HARDSHIPS: dict[str, tuple[dict[str, Any], Callable[[Engine], None]]] = {
     "little room": ({"kv_bytes": 200_000}, lambda engine: None),
     "no images kept": ({"image_cache_bytes": 0, "max_sequences": 3}, lambda engine: None),
     "sent back in decoding": ({}, tight),
-    "prefills of one": ({}, lambda engine: engine.prefill_sequences.lower(1)),
+    "prefills of two": ({}, narrow),
+    "limited to one": ({}, lambda engine: engine.prefill_sequences.lower(1)),
 }
 
 
@@ -268,6 +286,12 @@ def test_answers_do_not_depend_on_who_fits(policy: Policy, hardship: str) -> Non
     options, harden = HARDSHIPS[hardship]
     engine = make_engine(policy, **options)
     harden(engine)
+    if policy.slices and hardship == "prefills of two":
+        # Which channels stay is decided by all queries at once.
+        with pytest.raises(torch.OutOfMemoryError):
+            ask_together(engine, *asked)
+        drain(engine)
+        return
     assert said(ask_together(engine, *asked)) == wanted
 
 
@@ -284,6 +308,37 @@ def test_a_group_that_finds_no_room_waits_for_it_whole() -> None:
     engine.prefill = note  # type: ignore[assignment, method-assign]
     ask_together(engine, questions(3), questions(3, seed=1))
     assert started == [["0", "1", "2"], ["3", "4", "5"]]
+
+
+@pytest.mark.parametrize("policy", [KeepAll(), Random(0.4), DivPrune(0.3)], ids=repr)
+def test_who_decides_by_images_alone_needs_not_wait_for_the_others(policy: Policy) -> None:
+    """Two of three go when there is room for two, under the same draw, and share what they keep."""
+    engine = make_engine(policy, max_sequences=2)
+    started: list[list[str]] = []
+    run = engine.prefill._run
+
+    def note(batch: Any) -> Tensor:
+        assert batch.stores
+        started.append([s.request.id for s in batch.sequences])
+        return run(batch)
+
+    engine.prefill._run = note  # type: ignore[method-assign]
+    found = ask_together(engine, questions(3))
+    assert started[0] == ["0", "1"]
+    assert len({tuple(one.trim.kept.tolist()) for one in found}) == 1
+    assert engine.statistics.peak_cross_kv_bytes == found[0].trim.cross_kv_bytes_allocated
+
+
+def test_a_set_that_is_held_takes_no_room_twice() -> None:
+    """Of a group that decided before it could start, those that join one that runs need no segment of their own."""
+    asked = questions(5, Row((4,)))
+    engine = make_engine(TrimmedLlama(0.9))
+    (one, *_) = ask_together(engine, asked)
+    slot = engine.memory.slot_elements_for(32) * 4
+    # Room for one kept set and three rows.
+    tight = make_engine(TrimmedLlama(0.9), kv_bytes=one.trim.cross_kv_bytes_allocated + 3 * slot + 300)
+    ask_together(tight, asked)
+    assert tight.statistics.peak_sequences == 3
 
 
 # ---- projected once -----------------------------------------------------------------------------------------------------
@@ -350,8 +405,34 @@ def test_what_is_held_is_counted_once(kept_sets: str) -> None:
     busy = engine.seconds["prefill"] + engine.seconds["decode"]
     assert 0 < held.cross_kv_byte_seconds <= held.peak_cross_kv_bytes * busy
     first, second = (one.trim.cross_kv_bytes_allocated for one in (found[0], found[-1]))
-    steps = [max(LENGTHS[:4]) - 1, max(LENGTHS[4], LENGTHS[0]) - 1]
-    assert held.cross_kv_bytes_read == steps[0] * first + steps[1] * second
+    assert held.cross_kv_bytes_read == (max(LENGTHS[:4]) - 1) * first + (max(LENGTHS[:2]) - 1) * second
+
+
+def test_images_arranged_otherwise_are_counted_apart() -> None:
+    """Texts behind both images, and one between them: decoding sees two images, and one."""
+    (beside,), (apart,) = questions(1, Row((1, 2), after=0)), questions(1, Row((1, 2)))
+    assert [image.key for image in beside.images] == [image.key for image in apart.images]
+    for first, second in ((beside, apart), (apart, beside)):
+        engine = make_engine()
+        futures = [engine.submit(first.request("0", 3)), engine.submit(second.request("1", 9))]
+        drain(engine)
+        assert all(future.done() for future in futures)
+        counted = engine.statistics
+        assert counted.cross_kv_byte_seconds == pytest.approx(counted.cross_kv_byte_seconds_full, rel=1e-9)
+
+
+def test_hits_are_counted_of_who_waits() -> None:
+    engine = make_engine(TrimmedLlama(0.2), image_cache_bytes=0)
+    tight(engine)
+    found = ask_together(engine, questions(5))
+    counted = engine.statistics
+    assert len(found) == 5
+    assert counted.images_encoded + counted.image_hits >= 5
+    # Encoded anew only for those that were sent back.
+    assert counted.image_hits <= 4 + 4 * (counted.images_encoded - 1)
+    engine = make_engine(TrimmedLlama(0.2))
+    ask_together(engine, questions(5))
+    assert (engine.statistics.images_encoded, engine.statistics.image_hits) == (1, 4)
 
 
 def test_trimmed_apart_holds_more_than_all_and_together_less() -> None:
@@ -368,20 +449,11 @@ def test_trimmed_apart_holds_more_than_all_and_together_less() -> None:
 def test_nothing_of_a_group_outlives_it() -> None:
     """Requests hold pixels: they must go without waiting for the garbage collector."""
     import gc
-    import weakref
 
-    engine = make_engine(TrimmedLlama(0.2))
-    seen: list[weakref.ref[Group]] = []
-    enters = engine._enters
-
-    def watch(sequence: Any) -> None:
-        seen.append(weakref.ref(sequence))
-        enters(sequence)
-
-    engine._enters = watch  # type: ignore[method-assign]
+    gc.collect()
     gc.disable()
     try:
-        ask_together(engine, questions(3))
-        assert [each() for each in seen] == [None] * 3
+        ask_together(make_engine(FIRST), questions(3))
+        assert not [each for each in gc.get_objects() if type(each) is Sequence_]
     finally:
         gc.enable()

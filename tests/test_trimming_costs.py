@@ -138,7 +138,7 @@ class Watched:
 
     def prefill(self, sequences: Sequence[Sequence_]) -> Tensor:
         encoded = {id(s): list(s.group.encoded) for s in sequences}
-        new = {id(e): len(e.features) for own in encoded.values() for e in own if e.first is None}
+        new = {id(e): len(e.features) for own in encoded.values() for e in own}
         there = {id(s.segment) for s in self.engine.decode.running}
         logits, operations = counted(self._prefill, sequences)
         # Of an image's features those that any new set holds.

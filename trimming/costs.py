@@ -253,7 +253,7 @@ class Costs:
         deciding = max(3 * CHUNK_ELEMENTS * 4, vision.max_num_tiles * self.tokens * width * (2 * 4 + 3 * self.itemsize))
         # Sampling sorts and sums in fp32 and fp64.
         sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)
-        encoded = (visual + rows) * (width + key_value)
+        encoded = (visual + rows) * width
         return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + deciding, sampling)
 
     def kv_bytes(self, text: int, visual: int) -> int:

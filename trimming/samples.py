@@ -30,7 +30,8 @@ class SampleTrim:
     cross_kv_bytes: int
     """Kept valid features × bytes a feature; what is really held where layers, heads or channels differ."""
     cross_kv_bytes_allocated: int
-    """What the cache really holds for the sample, padded to the longest of its batch."""
+    """What the cache really holds for the sample: under ``trim`` padded to the longest of its batch; in the engine its segment,
+    which other sequences may share."""
     self_kv_bytes: int
     """Prompt tokens (padding left out) × bytes a token over the self-attention layers."""
 

@@ -39,14 +39,14 @@ def top_k(scores: Tensor, budget: Tensor, valid: Tensor) -> Tensor:
     Returns:
         (B, H, N) bool.
     """
-    ranked = scores.masked_fill(~valid[:, None], -torch.inf)
+    ranked = scores.masked_fill(~valid[:, None], -torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     # Only the best are sorted, and without their places, which topk chooses among equals as it likes.
     best = ranked.topk(max(1, int(budget.max())), dim=-1).values
     budget = budget[:, None, None]
     least = best.gather(-1, (budget - 1).clamp(min=0).expand(*best.shape[:2], 1))
-    above, level = ranked > least, ranked == least
+    above, level = (ranked > least) & valid[:, None], (ranked == least) & valid[:, None]
     left = budget - above.sum(-1, keepdim=True)
-    return (above | (level & (level.cumsum(-1) <= left))) & valid[:, None]
+    return above | (level & (level.cumsum(-1) <= left))
 
 
 def at_least_one_per_image(keep: Tensor, scores: Tensor, valid: Tensor, images: int) -> Tensor:

@@ -74,9 +74,9 @@ class Calibrator(Answerer):
         return rows
 
     def _room(self) -> int:
-        """Images of all tiles that the cache has room for, with the first cross-attention layer's keys and values; or 1."""
+        """Images of all tiles that the cache has room for, at least 1."""
         if self.refused is not None:
             return 1
         batch = self.engine.batch
-        token = batch.model.config.text_config.hidden_size + 2 * batch.geometry.kv_heads * batch.geometry.head_dim
-        return max(1, batch.images.limit_bytes // (batch.tower.max_tiles * batch.tower.tokens * token * batch.memory.itemsize))
+        image = batch.tower.max_tiles * batch.tower.tokens * batch.model.config.text_config.hidden_size
+        return max(1, batch.images.limit_bytes // (image * batch.memory.itemsize))

@@ -107,8 +107,6 @@ class _Simulation:
         self.waiting: deque[_Waiting] = deque((row, group) for group in self._groups(rows) for row in group.rows)
         self.encoded: set[int | _Group] = set()
         """Images, or groups where each encodes its own."""
-        self.projected: set[int | _Group] = set()
-        """Those whose keys and values of the first cross-attention layer are there."""
         self.step = 0
         self.ends: list[tuple[int, int, Row, _Set]] = []
         """(step after which a running row leaves, its number, it, what it keeps)."""
@@ -135,7 +133,9 @@ class _Simulation:
             parts = [[place] for place in range(len(together))]
             if self.engine.kept_sets == "image":
                 parts = groups([[row.image] for row in together], [row.prompt for row in together])
-            yield from (_Group([together[place] for place in part]) for part in parts)
+            # Where all is kept nothing is to be decided.
+            everything = together[0].kept == together[0].tiles * self.costs.tokens
+            yield from (_Group([together[place] for place in part], decided=everything) for part in parts)
 
     # ---- admission: Engine._admit and _fitting -----------------------------------------------------------------------------
 
@@ -178,13 +178,16 @@ class _Simulation:
         batch: list[_Waiting] = []
         tokens = visual = 0
         seen: set[int] = set()
+        sharing = {key[1] or key[0] for key in self.sets}
         for party in self._parties():
-            row = party[0][0]
+            row, group = party[0]
+            features = row.tiles * costs.tokens
             tokens += sum(one.prompt for one, _ in party)
-            visual += row.tiles * costs.tokens * (row.image not in seen)
+            visual += features * (row.kept < features or row.image not in seen)
             seen.add(row.image)
             capacity = max(capacity, *(one.capacity for one, _ in party))
-            used += row.tiles * costs.tokens * self.share[row.image in here]
+            whose = row.image if row.kept == features else group
+            used += features * self.share[row.image in here] * (whose not in sharing)
             large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
             if batch and (len(batch) + len(party) > PREFILL_SEQUENCES or large):
                 return batch, True
@@ -194,6 +197,7 @@ class _Simulation:
                 break
             batch += party
             here.add(row.image)
+            sharing.add(whose)
         return batch, False
 
     def _decide_ahead(self, party: Sequence[_Waiting]) -> Iterator[Call]:
@@ -203,8 +207,7 @@ class _Simulation:
     def _start(self, batch: Sequence[_Waiting]) -> Iterator[Call]:
         costs, tokens = self.costs, self.costs.tokens
         yield from self._encode(batch)
-        new = {row.image: row.tiles * tokens for row, group in batch if self._owner(row, group) not in self.projected}
-        self.projected.update(self._owner(row, group) for row, group in batch)
+        new = {self._owner(row, group): row.tiles * tokens for row, group in batch}
         later: Counter[int] = Counter()
         looks = []
         here = {image for image, _ in self.sets}

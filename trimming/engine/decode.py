@@ -224,7 +224,10 @@ class Decode:
 
     def _bundled(self, by: Mapping[Segment, Sequence[int]]) -> list[list[Segment]]:
         """Segments that go through one product: as many sequences share each, and they are about as long."""
-        gathers = isinstance(self.memory, Memory) and self.memory.flat.device.type == "cpu"
+        # In other dtypes logits would be rounded, and answers depend on who runs beside.
+        gathers = (
+            isinstance(self.memory, Memory) and self.memory.flat.device.type == "cpu" and self.model.dtype == torch.float32
+        )
         bundles: list[list[Segment]] = []
         sharers = 0
         for size, segment in sorted(((_layer_elements(s), s) for s in by), key=lambda each: (len(by[each[1]]), each[0])):

@@ -175,10 +175,19 @@ class Prefill:
         batch.conclude()
         return logits
 
-    def decide(self, sequences: Sequence[Sequence_]) -> None:
-        """Lets groups decide whose sequences, all of which these are, can't be prefilled at once; nothing is stored."""
-        batch = _Batch(self, sequences, stores=False)
-        self._run(batch)
+    def decide(self, sequences: Sequence[Sequence_], at_once: int) -> None:
+        """Lets a group decide whose sequences, all of which these are, can't be prefilled at once; nothing is stored.
+
+        ``at_once`` of them look at a time. Raises ``ValueError`` for fewer than all under a policy that slices, which wants to
+        see all of their queries.
+        """
+        if at_once < len(sequences) and self.policy.slices:
+            raise ValueError(f"{self.policy} looks at all queries of a group at once")
+        seen: list[tuple[Scores, Scores]] = []
+        for start in range(0, len(sequences), at_once):
+            part = sequences[start : start + at_once]
+            batch = _Batch(self, part, stores=False, seen=seen, decides=start + at_once >= len(sequences))
+            self._run(batch)
         batch.conclude()
 
     def _run(self, batch: _Batch) -> Tensor:
@@ -202,18 +211,17 @@ class Prefill:
                     if batch.looks:
                         self._cross_layer(layer, crossed, batch, states)
                     crossed += 1
-                    if not batch.stores and self._is_decided(batch):
+                    if not batch.stores and self._has_seen(batch):
                         return states
         if self.is_cross[-1]:
             states = states[last]
         logits: Tensor = self.model.lm_head(norm(self.text.norm, states))
         return logits
 
-    def _is_decided(self, batch: _Batch) -> bool:
-        """Whether nothing is left for later layers to decide."""
-        sets = self.geometry.cross_layers if self.policy.where == "each_layer" else 1
-        channels = self.geometry.cross_layers if self.policy.slices else 0
-        return all(len(s.decision.keeps) == sets and len(s.decision.channels) == channels for s in batch.sets)
+    def _has_seen(self, batch: _Batch) -> bool:
+        """Whether nothing in later layers matters to what is decided."""
+        layers = self.geometry.cross_layers if self.policy.where == "each_layer" or self.policy.slices else 1
+        return batch.looked == layers
 
     # ---- self-attention -------------------------------------------------------------------------------------------------
 
@@ -241,6 +249,7 @@ class Prefill:
     def _cross_layer(self, layer: Any, index: int, batch: _Batch, states: Tensor) -> None:
         """Adds the layer to the rows of ``states`` that go through it, in place."""
         attention = layer.cross_attn
+        batch.looked += 1
         rows = states[batch.rows]
         query = cross_queries(attention, norm(layer.input_layernorm, rows))
         if self.policy.where == "each_layer" or (index == 0 and self.policy.where == "first_layer"):
@@ -262,7 +271,7 @@ class Prefill:
 
     def _full_layer(self, attention: Any, index: int, batch: _Batch, query: Tensor) -> Tensor:
         """Attends to every feature, scores them on the way, decides, and stores what stays."""
-        keys = self._full_keys(attention, index, batch)
+        keys = self._full_keys(attention, batch)
         scores: Scores = {
             s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided
         }
@@ -274,7 +283,10 @@ class Prefill:
                 scores[look.set][:, c:d] += seen
             else:
                 attended[a:b] = attend(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
-        self._select(batch, scores, self._recent(attention, batch, query, keys))
+        scores, recent = batch.add_up(index, scores, self._recent(attention, batch, query, keys))
+        if not batch.decides:
+            return attended
+        self._select(batch, scores, recent)
         if self.policy.where == "each_layer":
             for s in batch.sets:
                 self._hold(attention, index, batch, query, s, *keys[s])
@@ -306,23 +318,15 @@ class Prefill:
                 found[:, c:d] += _attend_and_score(asking, key[:, c:d], value[:, c:d], attention.scaling)[1]
         return recent
 
-    def _full_keys(self, attention: Any, index: int, batch: _Batch) -> dict[_Set, tuple[Tensor, Tensor]]:
-        """Each set's keys and values (KV, n, D) of all of its images' features."""
-        # The first layer's are kept for other questions about the image; every layer's would take too much memory.
-        images = {id(e): e for s in batch.sets for e in s.group.encoded}
-        found = {name: e.first for name, e in images.items()} if index == 0 else {}
-        new = [e for name, e in images.items() if found.get(name) is None]
-        if new:
-            key, value = cross_projections(attention, torch.cat([e.features for e in new]).to(batch.rows.device))
-            sizes = [len(e.features) for e in new]
-            for encoded, k, v in zip(new, key.split(sizes), value.split(sizes), strict=True):
-                found[id(encoded)] = (k, v)
-                if index == 0:
-                    # Views would keep all of the batch's images.
-                    found[id(encoded)] = encoded.first = (k.clone(), v.clone())
+    def _full_keys(self, attention: Any, batch: _Batch) -> dict[_Set, tuple[Tensor, Tensor]]:
+        """Each set's keys and values (KV, n, D) of all of its images' features, an image's computed once."""
+        images = list({id(e): e for s in batch.sets for e in s.group.encoded}.values())
+        key, value = cross_projections(attention, torch.cat([e.features for e in images]).to(batch.rows.device))
+        sizes = [len(e.features) for e in images]
+        found = {id(e): own for e, *own in zip(images, key.split(sizes), value.split(sizes), strict=True)}
         keys = {}
         for s in batch.sets:
-            parts: list[Any] = [found[id(e)] for e in s.group.encoded]
+            parts = [found[id(e)] for e in s.group.encoded]
             keys[s] = (s.joined([k for k, _ in parts]).transpose(0, 1), s.joined([v for _, v in parts]).transpose(0, 1))
         return keys
 
@@ -491,10 +495,22 @@ class _Batch:
 
     Args:
         stores: whether keys and values are stored, or only decided what would be.
+        seen: by layer, what earlier parts of the group have looked at, and recently; this one's is added.
+        decides: whether it does, or a later part.
     """
 
-    def __init__(self, prefill: Prefill, sequences: Sequence[Sequence_], stores: bool) -> None:
+    def __init__(
+        self,
+        prefill: Prefill,
+        sequences: Sequence[Sequence_],
+        stores: bool,
+        seen: list[tuple[Scores, Scores]] | None = None,
+        decides: bool = True,
+    ) -> None:
         self.prefill, self.sequences, self.stores = prefill, sequences, stores
+        self.seen, self.decides = seen, decides
+        self.looked = 0
+        """Cross-attention layers that it has been through."""
         self.lengths = [len(s.request.tokens) for s in sequences]
         by_group: dict[Group, _Set] = {}
         self.looks: list[_Look] = []
@@ -522,9 +538,9 @@ class _Batch:
                     rows += range(start, start + before)
                 for span in sequence.spans:
                     (a, b), (c, d) = span.rows, span.images
-                    here, seen = (len(rows), len(rows) + b - a), (s.ends[c], s.ends[d])
-                    self._look(s, here, seen, True)
-                    self._parts.setdefault(s, []).append((number, here, seen))
+                    here, features = (len(rows), len(rows) + b - a), (s.ends[c], s.ends[d])
+                    self._look(s, here, features, True)
+                    self._parts.setdefault(s, []).append((number, here, features))
                     rows += range(start + a, start + b)
                 s.seeing.append(here)
             start += self.lengths[number]
@@ -563,6 +579,20 @@ class _Batch:
             if first < b:
                 found.setdefault(features, []).append((first, b))
         return found
+
+    def add_up(self, index: int, scores: Scores, recent: Scores) -> tuple[Scores, Scores]:
+        """What the group's rows look at in a layer, those of earlier parts included."""
+        if self.seen is None:
+            return scores, recent
+        if len(self.seen) == index:
+            self.seen.append((scores, recent))
+            return scores, recent
+        # A part's only set is its group's.
+        totals = []
+        for before, now in zip(self.seen[index], (scores, recent), strict=True):
+            totals.append({s: own + sum(before.values()) for s, own in now.items()})
+        self.seen[index] = (totals[0], totals[1])
+        return totals[0], totals[1]
 
     def move(self, device: torch.device) -> None:
         """Takes what the next layers need to their device."""

@@ -18,7 +18,7 @@ KeptSets = Literal["image", "question"]
 
 GROUP_ROWS = 64
 GROUP_TOKENS = 8192
-"""Requests, and their prompts' tokens, that decide together, at most: they are prefilled at once. A longer one is alone."""
+"""Requests, and their prompts' tokens, that decide together, at most: they are prefilled at once. A longer prompt is alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from trimming.engine.limits import Limit
 from trimming.engine.memory import Memory
 from trimming.engine.onednn import through_onednn
 from trimming.engine.prefill import NoRoomError, Prefill
-from trimming.engine.request import GROUP_ROWS, Completion, Image, KeptSets, Request, groups
+from trimming.engine.request import GROUP_ROWS, GROUP_TOKENS, Completion, Image, KeptSets, Request, groups
 from trimming.engine.sampling import choose
 from trimming.engine.sequence import Encoded, Group, Sequence_, ceil_to, image_spans
 from trimming.engine.sharded import ShardedMemory
@@ -74,7 +74,8 @@ class Statistics:
     """What the same would have been with all features kept of the same rows' images, by formula; rows of the same images share
     theirs then."""
     cross_kv_bytes_read: int = 0
-    """Bytes of images' keys and values that decode steps attended to; what sequences share once a step."""
+    """Bytes of images' keys and values that decode steps attended to; what sequences share once a step, though a kernel may
+    read it for each of them."""
 
 
 class Engine:
@@ -146,7 +147,7 @@ class Engine:
         """Seconds of the device by stage: ``tower`` (with projector), ``prefill``, ``decode``."""
         self._share = _first_guess(policy)
         # How many running sequences have which images, and what these would hold if all features were kept.
-        self._shown: Counter[tuple[str, ...]] = Counter()
+        self._shown: Counter[Hashable] = Counter()
         self._full_elements = 0
         # Something that should have fitted did not: no use in trying before a sequence has left.
         self._full_house = False
@@ -176,10 +177,13 @@ class Engine:
             self.check(request)
         sequences = [self._sequence(request) for request in requests]
         if self.kept_sets == "image" and len(sequences) > 1:
-            if len(sequences) > GROUP_ROWS:
-                raise ValueError(f"{len(sequences)} requests are too many to decide together: give {GROUP_ROWS} at most")
+            tokens = sum(len(request.tokens) for request in requests)
+            if len(sequences) > GROUP_ROWS or tokens > GROUP_TOKENS:
+                most = f"{GROUP_ROWS} requests of {GROUP_TOKENS:,} tokens at most"
+                raise ValueError(f"{len(sequences)} requests of {tokens:,} tokens are too many to decide together: give {most}")
+            whose = self._whose(requests[0])
             for sequence in sequences:
-                if not self._whose(sequence.request) or self._whose(sequence.request) != self._whose(requests[0]):
+                if not whose or self._whose(sequence.request) != whose:
                     raise ValueError(f"request {sequence.request.id!r} is not about the images of {requests[0].id!r}")
                 sequence.group = sequences[0].group
             sequences[0].group.size = sequences[0].group.waiting = len(sequences)
@@ -324,7 +328,7 @@ class Engine:
     def _admit(self) -> None:
         """Prefills waiting sequences while there is room; a few at a time, as a prefill of one reads all weights too."""
         while self.waiting and not self._full_house:
-            first = next(self._parties())
+            first = next(self._next_parties())
             if len(first) > self.max_sequences.now:
                 if not self._decide_ahead(first):
                     return
@@ -337,29 +341,44 @@ class Engine:
             if not self._start(batch or first):
                 return
 
-    def _parties(self) -> Iterator[list[Sequence_]]:
-        """The first waiting sequences, parted into those that must be prefilled at once: a group that has not decided yet, and
-        whose sequences stand one behind the other then, or one alone."""
+    def _next_parties(self) -> Iterator[list[Sequence_]]:
+        """The first waiting sequences, in parties."""
         # A copy: other threads submit meanwhile.
-        return _parties(list(islice(self.waiting, self.prefill_sequences.now + 1 + GROUP_ROWS)))
+        return self._parties(list(islice(self.waiting, self.prefill_sequences.now + 1 + GROUP_ROWS)))
+
+    def _parties(self, sequences: Iterable[Sequence_]) -> Iterator[list[Sequence_]]:
+        """``sequences`` parted into those that must be prefilled at once: a group that has yet to decide by what its members
+        look at, and whose sequences stand one behind the other then, or one alone."""
+        for group, several in groupby(sequences, key=lambda sequence: sequence.group):
+            party = list(several)
+            if self._looks and group.decision is None:
+                yield party
+            else:
+                yield from ([sequence] for sequence in party)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether what is kept follows from texts, rather than from images alone."""
+        return self.policy.where != "features" or self.policy.slices
 
     def _fitting(self) -> tuple[list[Sequence_], bool]:
         """The first waiting sequences that fit into the memory beside the running ones, and whether a prefill takes no more."""
         running, memory = self.decode.running, self.memory
         capacity = max((s.capacity for s in running), default=0)
         used = memory.segment_elements
-        here = {s.group.keys for s in running}
+        here, sharing = {s.group.keys for s in running}, {s.group for s in running}
         batch: list[Sequence_] = []
         tokens = visual = 0
         seen: set[str] = set()
-        for party in self._parties():
+        for party in self._next_parties():
             group = party[0].group
             tokens += sum(len(sequence.request.tokens) for sequence in party)
-            new = {image.key: len(image.pixels) for image in group.images if image.key not in seen}
-            visual += sum(new.values()) * self.tower.tokens
-            seen |= new.keys()
+            # A group that decides by its texts has keys and values of its own, until they are stored.
+            new = [image for image in group.images if self._looks or image.key not in seen]
+            visual += sum(len(image.pixels) for image in new) * self.tower.tokens
+            seen |= {image.key for image in new}
             capacity = max(capacity, *(sequence.capacity for sequence in party))
-            used += self._expected(group, group.keys in here)
+            used += 0 if group in sharing else self._expected(group, group.keys in here)
             together = len(running) + len(batch) + len(party)
             large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
             if batch and (len(batch) + len(party) > self.prefill_sequences.now or large):
@@ -369,6 +388,7 @@ class Engine:
                 break
             batch += party
             here.add(group.keys)
+            sharing.add(group)
         return batch, False
 
     def _expected(self, group: Group, here: bool) -> int:
@@ -412,7 +432,6 @@ class Engine:
         self._learn(batch, here)
         for sequence in batch:
             self.waiting.remove(sequence)
-        self.images.shrink()
         self.decode.add(batch, tokens)
         self.statistics.prefill_tokens += sum(len(s.request.tokens) for s in batch)
         self.statistics.peak_sequences = max(self.statistics.peak_sequences, len(self.decode.running))
@@ -420,14 +439,22 @@ class Engine:
         self._say(batch, first)
         return True
 
-    def _decide_ahead(self, party: list[Sequence_]) -> bool:
+    def _decide_ahead(self, party: list[Sequence_], at_once: int | None = None) -> bool:
         """Has ``party`` decide what is kept, so that its sequences can start one by one where they can't at once; False where
-        nothing more can start now."""
+        nothing more can start now. ``at_once`` of them look at a time: fewer where memory runs out."""
         if not self._encode(party):
             return not self._full_house
-
-        _, failure = self._attempt("prefill", partial(self.prefill.decide, party))
-        return failure is None or self._prefill_failed(party, failure)
+        at_once = at_once or len(party)
+        _, failure = self._attempt("prefill", partial(self.prefill.decide, party, at_once))
+        if failure is None:
+            return True
+        if out_of_memory(failure):
+            if at_once > 1 and not self.policy.slices:
+                return self._decide_ahead(party, at_once // 2)
+            if self._make_room(party[0].group):
+                return not self._full_house
+        self._fail(party, failure)
+        return True
 
     def _attempt(
         self, stage: str, do: Callable[[], Result], may_fail: Callable[[Exception], bool] = lambda error: True
@@ -455,13 +482,17 @@ class Engine:
     def _enters(self, sequence: Sequence_) -> None:
         """Takes a note that it has been prefilled."""
         group = sequence.group
+        self._waits_no_more(group)
+        if sequence.segment is not None:
+            self._shown[group.shown] += 1
+            if self._shown[group.shown] == 1:
+                self._full_elements += self._full(group)
+
+    def _waits_no_more(self, group: Group) -> None:
+        """One of its sequences less."""
         group.waiting -= 1
         if not group.waiting:
             group.encoded = []
-        if sequence.segment is not None:
-            self._shown[group.keys] += 1
-            if self._shown[group.keys] == 1:
-                self._full_elements += self._full(group)
 
     def _reserve(self, batch: Sequence[Sequence_]) -> bool:
         """Opens a slot for each sequence."""
@@ -489,7 +520,7 @@ class Engine:
 
     def _no_room(self, batch: list[Sequence_]) -> bool:
         """Half the batch may fit; one alone in an empty memory never will."""
-        parties = list(_parties(batch))
+        parties = list(self._parties(batch))
         if len(parties) > 1:
             return self._start([sequence for party in parties[: len(parties) // 2] for sequence in party])
         if self.decode.running:
@@ -506,10 +537,12 @@ class Engine:
 
     def _prefill_failed(self, batch: list[Sequence_], error: Exception) -> bool:
         """Takes a failed batch apart, so that only its culprit fails, with those that would have decided with it."""
-        parties = list(_parties(batch))
+        parties = list(self._parties(batch))
         if len(parties) == 1:
             if out_of_memory(error) and self._make_room(batch[0].group):
                 return not self._full_house
+            if out_of_memory(error) and len(batch) > 1 and not self.policy.slices:
+                return self._decide_ahead(batch, len(batch) // 2)
             self._fail(batch, error)
             return True
         if out_of_memory(error):
@@ -521,12 +554,13 @@ class Engine:
 
     def _learn(self, batch: Sequence[Sequence_], here: set[tuple[str, ...]]) -> None:
         seen = set()
-        for party in _parties(batch, started=True):
-            group, segment = party[0].group, party[0].segment
+        for group in dict.fromkeys(sequence.group for sequence in batch):
+            segments = [sequence.segment for sequence in batch if sequence.group is group]
+            segment = segments[0]
             if segment is None:
                 continue
             known = group.keys in here
-            took = 0 if segment in seen or (known and segment.users > len(party)) else segment.size
+            took = 0 if segment in seen or (known and segment.users > len(segments)) else segment.size
             seen.add(segment)
             # Rather a little too much: a sequence that does not fit after all costs its prefill.
             self._share[known] += 0.2 * (1.05 * took / self._full(group) - self._share[known])
@@ -550,7 +584,7 @@ class Engine:
         cached = self.images.get(image.key) if self.images.limit_bytes else None
         if cached is not None:
             group.encoded.append(cached)
-            self.statistics.image_hits += group.size
+            self.statistics.image_hits += group.waiting
             return True
         together = self._alike(group, image)
         pictures = [image for _, image in together]
@@ -582,7 +616,7 @@ class Engine:
             if self.images.limit_bytes:
                 self.images.put(image.key, one)
             owner.encoded.append(one)
-            self.statistics.image_hits += owner.size - 1
+            self.statistics.image_hits += owner.waiting - 1
         return True
 
     def _alike(self, group: Group, image: Image) -> list[tuple[Group, Image]]:
@@ -591,8 +625,9 @@ class Engine:
         if image.key in self._suspects:
             return together
         keys = {image.key}
-        waiting = dict.fromkeys(sequence.group for sequence in list(self.waiting))
-        ahead = list(islice(waiting, 2 * self.tower_images.now + self.prefill_sequences.now))
+        most = 2 * self.tower_images.now + self.prefill_sequences.now
+        waiting = dict.fromkeys(sequence.group for sequence in list(islice(self.waiting, GROUP_ROWS * most)))
+        ahead = list(islice(waiting, most))
         # Prompts of many images take as many neighbours' along: what waits encoded is held to what a prefill takes.
         held = sum(encoded.tiles for other in ahead for encoded in other.encoded) * self.tower.tokens
         for other in ahead:
@@ -700,9 +735,9 @@ class Engine:
         if sequence.segment is not None:
             self.memory.release(sequence.segment)
             sequence.segment = None
-            self._shown[sequence.group.keys] -= 1
-            if not self._shown[sequence.group.keys]:
-                del self._shown[sequence.group.keys]
+            self._shown[sequence.group.shown] -= 1
+            if not self._shown[sequence.group.shown]:
+                del self._shown[sequence.group.shown]
                 self._full_elements -= self._full(sequence.group)
 
     def _decode_failed(self, running: Sequence[Sequence_], error: Exception) -> None:
@@ -762,6 +797,7 @@ class Engine:
     def _fail(self, sequences: Sequence[Sequence_], error: Exception) -> None:
         for sequence in sequences:
             self.waiting.remove(sequence)
+            self._waits_no_more(sequence.group)
             # The traceback's frames hold a batch's tensors.
             sequence.future.set_exception(error.with_traceback(None))
 
@@ -791,9 +827,9 @@ class Engine:
 
 
 def _first_guess(policy: Policy) -> dict[bool, float]:
-    """What a sequence's segment takes of what all its features would, for sequences whose images are new to the memory and for
-    those whose images are in it; measured from then on."""
-    # Policies that do not look at the text keep the same of an image for each of its questions, until one is seen not to.
+    """What a group's segment takes of what all its features would, for groups whose images are new to the memory and for those
+    whose images another group has in it; measured from then on."""
+    # Policies that do not look at the text keep the same of an image for each of its groups, until one is seen not to.
     return {False: 1.0, True: 0.0 if policy.where == "features" else 1.0}
 
 
@@ -843,13 +879,3 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
     )
-
-
-def _parties(sequences: Iterable[Sequence_], started: bool = False) -> Iterator[list[Sequence_]]:
-    """``sequences`` parted into those that decide together, unless they have; or that have just ``started`` together."""
-    for _, several in groupby(sequences, key=lambda sequence: sequence.group):
-        party = list(several)
-        if started or party[0].group.decision is None:
-            yield party
-        else:
-            yield from ([sequence] for sequence in party)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -23,13 +23,10 @@ class Encoded:
     """(tokens, text width): the real tiles' features, then padding tiles' where the engine keeps them."""
     class_attention: Tensor | None = None
     """(real tiles' tokens,) float32; see ``VisualContext.class_attention``. None where no policy looks at it."""
-    first: tuple[Tensor, Tensor] | None = None
-    """The first cross-attention layer's keys and values (tokens, KV, head_dim), once a prompt has needed them."""
 
     @property
     def bytes(self) -> int:
-        tensors = [self.features, *(self.first or ()), *([] if self.class_attention is None else [self.class_attention])]
-        return sum(t.numel() * t.itemsize for t in tensors)
+        return sum(t.numel() * t.itemsize for t in (self.features, self.class_attention) if t is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +69,12 @@ class Group:
     """Elements of its segment, once a prefill has found out."""
     keys: tuple[str, ...] = field(init=False)
     """The images'."""
+    shown: Hashable = field(init=False)
+    """What tells apart what is held if all features are kept."""
 
     def __post_init__(self) -> None:
         self.keys = tuple(image.key for image in self.images)
+        self.shown = (self.keys, self.last_images)
 
 
 @dataclass(slots=True, eq=False)

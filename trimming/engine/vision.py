@@ -175,16 +175,12 @@ class ImageCache:
 
     def put(self, key: Hashable, image: Encoded) -> None:
         self._images[key] = image
-        self.shrink()
+        size = sum(image.bytes for image in self._images.values())
+        while self._images and size > self.limit_bytes:
+            size -= self._images.popitem(last=False)[1].bytes
 
     def __len__(self) -> int:
         return len(self._images)
 
     def clear(self) -> None:
         self._images.clear()
-
-    def shrink(self) -> None:
-        """Down to the limit; an image grows when its first keys and values join it."""
-        size = sum(image.bytes for image in self._images.values())
-        while self._images and size > self.limit_bytes:
-            size -= self._images.popitem(last=False)[1].bytes
