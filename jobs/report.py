@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 # The line of a traceback that names the exception.
 _NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception): ")
 UNKNOWN = "unknown: units of an older version did not count it"
-HOLDS_MORE = "held {times} what all features would have (by formula): rows about one image kept sets of their own (--kept-sets)"
+HOLDS_MORE = (
+    "held {times} what all features would have (by formula): rows about one image kept different sets, each for itself "
+    "(--kept-sets question) or in several groups"
+)
 """The warning on a trimmed run that keeps less of each row's features and more in memory."""
 STAGES = ("tower", "prefill", "decode")
 """What the device does, one after another."""
