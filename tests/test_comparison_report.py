@@ -252,7 +252,7 @@ def test_a_trimmed_run_that_held_more_is_told_with_a_warning(tmp_path: Path) -> 
         "3.9 KiB·s (1.50×)."
     )
     assert within.startswith(
-        "k held 3.00× what all features would have (by formula): rows about one image kept sets of their own"
+        "k held 3.00× what all features would have (by formula): rows about one image kept different sets"
     )
 
 
