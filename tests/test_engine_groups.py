@@ -38,7 +38,7 @@ from trimming import (
     VisualContext,
     ZipVL,
 )
-from trimming.engine import Completion, Engine, decode, groups, request
+from trimming.engine import Completion, Engine, gather, groups, request
 from trimming.engine.sequence import Decision, Sequence_
 
 FIRST = TrimmedLlama(0.2)
@@ -372,17 +372,17 @@ def test_features_that_several_questions_keep_are_projected_once(monkeypatch: py
 def test_segments_are_attended_to_alike_one_by_one_and_together(
     policy: Policy, kept_sets: str, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "LONG_ELEMENTS", limits[0])
-    monkeypatch.setattr(decode, "BUFFER_ELEMENTS", limits[1])
+    monkeypatch.setattr(gather, "LONG_ELEMENTS", limits[0])
+    monkeypatch.setattr(gather, "BUFFER_ELEMENTS", limits[1])
     asked = [questions(5), questions(2, Row((4,)), seed=1), questions(1, Row((1,)), seed=2), questions(2, Row((1, 3)), seed=3)]
     engine = make_engine(policy, kept_sets=kept_sets)
     (memory,) = memories(engine)
     logits = record_logits(engine)
     found = ask_together(engine, *asked)
     prompts = [prompt for some in asked for prompt in some]
-    bundled = engine.decode._buffer
     if limits != (1 << 17, 400):
-        assert (len(bundled) > 0) == (limits[0] > 0)
+        assert engine.decode._gather is not None
+        assert (len(engine.decode._gather.buffer) > 0) == (limits[0] > 0)
     if kept_sets == "question":
         for number, (prompt, completion) in enumerate(zip(prompts, found, strict=True)):
             alone = run_alone(lively_model(), prompt, str(number), policy, "meta", len(completion.tokens))

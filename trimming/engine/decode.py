@@ -11,36 +11,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
+from trimming.engine.gather import Gather, Gathered
 from trimming.engine.layers import Rotary, cross_queries, crosses, norm, self_projections, self_queries
 from trimming.engine.memory import Memory, Segment
 from trimming.engine.sequence import Sequence_
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stages
 
-BUFFER_ELEMENTS = 1 << 19
-"""Keys, or values, that are gathered for one product on a CPU: they stay in its cache until the product has read them."""
-LONG_ELEMENTS = 1 << 17
-"""From so many on a segment's keys of one layer are read where they lie: a call's own time no longer shows."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Bundle:
-    """Segments that sequences attend to in one product, as many sequences to each. S segments of L rows at most, C sequences
-    a segment."""
+    """Segments that are attended to in one product, each by as many sequences."""
 
     size: tuple[int, int]
-    """(S, C)."""
-    widths: tuple[int, int]
-    """Of the keys and of the values."""
-    views: Sequence[tuple[Tensor, Tensor]] = ()
-    """Of one segment that is read where it lies: each layer's keys and values; see ``Segment.views``. Empty for others."""
-    starts: Sequence[tuple[Tensor, Tensor]] = ()
-    """Of others: where each layer's keys and values begin, (S, 1, 1, 1) int32."""
-    patterns: Sequence[tuple[Tensor, Tensor]] = ()
-    """Where they go on from there, (S, KV, L, pieces of a row) int32, padded by the last row; see ``Memory.piece``."""
-    masks: Sequence[Tensor] = ()
-    """Of others: of each layer (S × KV, 1, L) additive, which shuts the padding out."""
-    channels: Sequence[Tensor] = ()
+    """Segments (S), and sequences of each (C)."""
+    segments: Segment | Gathered
+    """One that is read where it lies, or several short ones."""
+    channels: Sequence[Tensor]
     """Of each layer (S, KV, key_width) long: the channels of the keys, where not all are left; see ``Sequence_.channels``."""
 
 
@@ -72,8 +59,7 @@ class Decode:
         """Whether other sequences run, or lie elsewhere, than at the last step."""
         self._members: list[_Members] = []
         """One a stage."""
-        self._buffer = torch.empty(0, dtype=model.dtype)
-        """Where keys or values are gathered, on a CPU."""
+        self._gather = Gather(memory) if isinstance(memory, Memory) and Gather.pays(memory) else None
 
     def add(self, sequences: Sequence[Sequence_], tokens: Tensor) -> None:
         """Sequences fresh from their prefill, in the slots after the running ones; ``tokens`` (B,) are their first ones."""
@@ -184,27 +170,15 @@ class Decode:
         if bundle.channels:
             channels = bundle.channels[index][:, :, None]
             asking = asking.gather(-1, channels.expand(-1, -1, asking.shape[2], -1))
-        if bundle.views:
-            key, value = bundle.views[index]
-            attended = F.scaled_dot_product_attention(asking, key, value, scale=scaling)
+        if isinstance(bundle.segments, Gathered):
+            assert self._gather is not None
+            mask, key = bundle.segments.masks[index], self._gather.keys(bundle.segments, index)
+            weights = torch.baddbmm(mask, asking.flatten(0, 1), key.transpose(1, 2), alpha=scaling).softmax(-1)
+            attended = weights @ self._gather.values(bundle.segments, index)
         else:
-            key = self._gathered(bundle, index, 0)
-            logits = torch.baddbmm(bundle.masks[index], asking.flatten(0, 1), key.transpose(1, 2), alpha=scaling)
-            weights = logits.softmax(-1, dtype=torch.float32).to(key.dtype)
-            # Its place may be the keys': they have been read.
-            attended = weights @ self._gathered(bundle, index, 1)
+            key, value = bundle.segments.views[index]
+            attended = F.scaled_dot_product_attention(asking, key, value, scale=scaling)
         return attended.reshape(segments, kv_heads, sharers, group, -1).transpose(1, 2).flatten(2).flatten(0, 1)
-
-    def _gathered(self, bundle: _Bundle, index: int, which: int) -> Tensor:
-        """(S × KV, L, width) of a bundle's keys (0) or values (1) in one layer: a copy, until the next one."""
-        assert isinstance(self.memory, Memory)
-        start, pattern = bundle.starts[index][which], bundle.patterns[index][which]
-        pieces = (pattern + start).flatten()
-        width = self.memory.piece(bundle.widths[which])
-        buffer = self._buffer[: len(pieces) * width].view(-1, width)
-        # Into memory that is there: fresh pages would take longer than the copy.
-        torch.index_select(self.memory.flat[: self.memory.size].view(-1, width), 0, pieces, out=buffer)
-        return buffer.view(-1, pattern.shape[2], bundle.widths[which])
 
     def _assemble(self) -> list[_Members]:
         by: dict[Segment, list[int]] = {}
@@ -224,77 +198,24 @@ class Decode:
 
     def _bundled(self, by: Mapping[Segment, Sequence[int]]) -> list[list[Segment]]:
         """Segments that go through one product: as many sequences share each, and they are about as long."""
-        # In other dtypes logits would be rounded, and answers depend on who runs beside.
-        gathers = (
-            isinstance(self.memory, Memory) and self.memory.flat.device.type == "cpu" and self.model.dtype == torch.float32
-        )
         bundles: list[list[Segment]] = []
-        sharers = 0
-        for size, segment in sorted(((_layer_elements(s), s) for s in by), key=lambda each: (len(by[each[1]]), each[0])):
-            fits = (
-                gathers
-                and size * self.memory.geometry.kv_heads <= LONG_ELEMENTS
-                and bool(bundles)
-                and sharers == len(by[segment])
-            )
-            if fits and (len(bundles[-1]) + 1) * size * self.memory.geometry.kv_heads <= BUFFER_ELEMENTS:
-                bundles[-1].append(segment)
+        for segment in sorted(by, key=lambda segment: (len(by[segment]), segment.longest)):
+            last = bundles[-1] if bundles else []
+            alike = bool(last) and len(by[last[0]]) == len(by[segment])
+            if alike and self._gather is not None and self._gather.fits(segment, len(last) + 1):
+                last.append(segment)
             else:
                 bundles.append([segment])
-                sharers = len(by[segment])
         return bundles
 
     def _bundle(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> _Bundle:
         """Of these segments, to each of which as many running sequences attend."""
-        first = segments[0]
-        size, widths = (len(segments), len(rows[0])), (first.layers[0].key_width, first.layers[0].value_width)
-        sliced = zip(*(self.running[each[0]].channels for each in rows), strict=True)
-        channels = [torch.stack(layer) for layer in sliced]
-        if len(segments) == 1:
-            return _Bundle(size, widths, views=first.views, channels=channels)
-        assert isinstance(self.memory, Memory)
-        if not len(self._buffer):
-            self._buffer = self.memory.flat.new_empty(BUFFER_ELEMENTS)
-        pieces = [self.memory.piece(width) for width in widths]
-        # (5, layers, S): see ``Segment.places``.
-        places = torch.stack([segment.places for segment in segments], -1).unflatten(0, (5, -1))
-        starts = [
-            tuple((each[layer] // piece).int()[:, None, None, None] for each, piece in zip(places, pieces, strict=False))
-            for layer in range(len(first.layers))
-        ]
-        lengths = places[4].unbind()
-        alike = [lengths[0].equal(other) for other in lengths]
-        patterns, masks = [self._patterns(lengths[0], widths)], [self._padding(lengths[0])]
-        for same, own in zip(alike[1:], lengths[1:], strict=True):
-            patterns.append(patterns[0] if same else self._patterns(own, widths))
-            masks.append(masks[0] if same else self._padding(own))
-        return _Bundle(size, widths, starts=starts, patterns=patterns, masks=masks, channels=channels)
-
-    def _patterns(self, lengths: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See ``_Bundle.patterns``; of segments with these many rows (S,) and of keys' and values' widths."""
-        assert isinstance(self.memory, Memory)
-        found = []
-        places = torch.arange(int(lengths.max())).minimum((lengths[:, None] - 1).clamp(min=0))
-        heads = torch.arange(self.memory.geometry.kv_heads)[None, :, None, None]
-        for width in widths:
-            pieces = width // self.memory.piece(width)
-            row = heads * lengths[:, None, None, None] + places[:, None, :, None]
-            found.append((row * pieces + torch.arange(pieces)).int())
-        return found[0], found[1]
-
-    def _padding(self, lengths: Tensor) -> Tensor:
-        """See ``_Bundle.masks``; of segments with these many rows (S,)."""
-        behind = torch.arange(int(lengths.max())) >= lengths[:, None]
-        mask = torch.zeros(behind.shape, dtype=self.model.dtype).masked_fill(behind, torch.finfo(self.model.dtype).min)
-        return mask.repeat_interleave(self.memory.geometry.kv_heads, 0)[:, None]
+        channels = zip(*(self.running[each[0]].channels for each in rows), strict=True)
+        held = self._gather.plan(segments) if self._gather is not None and len(segments) > 1 else segments[0]
+        return _Bundle((len(segments), len(rows[0])), held, [torch.stack(layer) for layer in channels])
 
     def _mask(self, device: torch.device) -> Tensor:
         places = torch.arange(self.memory.capacity, device=device)
         closed = places >= torch.tensor(self.positions, device=device)[:, None]
         mask = torch.zeros(closed.shape, dtype=self.model.dtype, device=device)
         return mask.masked_fill(closed, torch.finfo(mask.dtype).min)[:, None, None]
-
-
-def _layer_elements(segment: Segment) -> int:
-    """Of the longest layer's keys or values, a head of them."""
-    return max(extent.rows * max(extent.key_width, extent.value_width) for extent in segment.layers)

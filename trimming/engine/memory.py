@@ -50,12 +50,15 @@ class Segment:
     share: Hashable | None
     """What a sequence must have in common with this one to use it too; None: nothing can."""
     users: int = 1
+    longest: int = field(init=False)
+    """Elements of the longest layer's keys or values, of one head."""
     places: Tensor = field(init=False)
     """(5 × cross-attention layers,) long, on the CPU: where each layer's keys begin, then each one's values; the strides from
     head to head of keys, then of values; rows."""
 
     def __post_init__(self) -> None:
         rows = [(e.key, e.value, e.rows * e.key_width, e.rows * e.value_width, e.rows) for e in self.layers]
+        self.longest = max((e.rows * max(e.key_width, e.value_width) for e in self.layers), default=0)
         # Part of a model on several devices may have no cross-attention layer.
         self.places = torch.tensor(rows, dtype=torch.long).view(-1, 5).T.flatten()
 
