@@ -39,7 +39,7 @@ demo-calibrate: demo-shards ## find the smallest K that holds 90 % agreement on 
 	$(BIN)/python -m jobs.calibrate --input $(OUTPUT)/shards/scenes-test --output $(OUTPUT)/calibration --model demo/model \
 	  --target-agreement 0.9
 
-demo-table: .venv ## measure accuracy by kind, policy and kept fraction over the whole test data (an hour; resumable)
+demo-table: .venv ## measure accuracy by kind, policy and kept fraction over the whole test data (a quarter of an hour; resumable)
 	$(BIN)/python -m demo.table --output demo/results
 
 demo-picture: .venv ## draw the kept features over held-out scenes
@@ -62,7 +62,7 @@ gpu-rehearsal: .venv ## the same on a CPU with a tiny model: shows that every se
 answer-inputs: .venv ## make the GPU kit's questions and the CPU's answers to them anew (a minute)
 	$(BIN)/python -m benchmarks.gpu.answer_inputs
 
-pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal KV bytes, and draw quality against bytes and time (half an hour; resumable)
+pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal held bytes, and draw quality against bytes and time (a quarter of an hour; resumable)
 	$(BIN)/python -m benchmarks.pareto --output benchmarks/results
 
 browser: ## install Debian's Chromium, in which tests open the report, where it is missing and apt may be used
