@@ -255,7 +255,8 @@ def markdown(report: Result) -> str:
         "",
         "held: cross-attention keys and values in the engine's memory, what rows share counted once: most at once, and bytes "
         "times the seconds of prefill and decoding that they were held for. Images were encoded beforehand. × is a multiple of "
-        "full's.",
+        "full's. One pass each, one after the other: a drift of the machine's speed is in byte-seconds (full and real tiles hold "
+        "the same); seconds beside each other are `make bench`'s.",
         "",
         "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
         f"them; an image of four tiles has none. {' '.join(map(tower, report['results'], report['results'].values()))}",
@@ -301,7 +302,6 @@ COSTS: dict[str, Callable[[Result], float]] = {
     "peak held": lambda result: result["peak_cross_kv_bytes"],
     "byte-seconds held": lambda result: result["cross_kv_byte_seconds"],
     "bytes read in decoding": lambda result: result["cross_kv_bytes_read"],
-    "seconds, prefill and decode": lambda result: result["prefill_seconds"] + result["decode_seconds"],
 }
 """What is shown as a multiple of the full model's."""
 

@@ -129,7 +129,6 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert "| all but captions | 20 | 40.0 |" in page
     assert "| features kept |  | 100.0 | 100.0 | 50.0 |" in page
     assert "| peak held |  | 1.00 × | 1.00 × | 0.50 × | 0.75 × | 0.50 × |" in page
-    assert "| seconds, prefill and decode |  | 1.00 × | 1.00 × | 0.50 × | 0.75 × | 0.50 × |" in page
     assert "- full: caption 0.0, count 0.0, letter 0.0, position 0.0\n" in page
     assert "saved" not in page
 
@@ -141,8 +140,6 @@ def test_kept_sets_of_both_kinds_are_ranked_by_what_they_held() -> None:
         "lost": {"value": 0.01, "low": -0.005, "high": 0.025},
         "cross_kv_byte_seconds": 10,
         "cross_kv_bytes_read": 10,
-        "prefill_seconds": 1.0,
-        "decode_seconds": 1.0,
     }
     results = {label: same | {"kept_sets": table.kept_sets_of(label)} for label in table.labels()}
     for place, (label, result) in enumerate(results.items()):
@@ -150,10 +147,9 @@ def test_kept_sets_of_both_kinds_are_ranked_by_what_they_held() -> None:
     results["by-question 0.05"]["peak_cross_kv_bytes"] = 2_000
     heads, _, first, *others = table.kept_sets_table(results)
     assert heads == (
-        "| K | a kept set for each | right | lost | features kept | peak held | byte-seconds held | bytes read in decoding "
-        "| seconds, prefill and decode |"
+        "| K | a kept set for each | right | lost | features kept | peak held | byte-seconds held | bytes read in decoding |"
     )
-    assert first == "| 0.05 | question | 80.0 | 1.0 (-0.5 to 2.5) | 30.0 | 2.00 × | 1.00 × | 1.00 × | 1.00 × |"
+    assert first == "| 0.05 | question | 80.0 | 1.0 (-0.5 to 2.5) | 30.0 | 2.00 × | 1.00 × | 1.00 × |"
     assert [line.split(" | ")[1] for line in others] == ["image", "question"] * 4 + ["image"]
     assert [line.split(" | ")[0] for line in others[::2]] == [f"| {k}" for k in table.K_RATIOS]
 
