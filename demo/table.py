@@ -255,8 +255,8 @@ def markdown(report: Result) -> str:
         "",
         "held: cross-attention keys and values in the engine's memory, what rows share counted once: most at once, and bytes "
         "times the seconds of prefill and decoding that they were held for. Images were encoded beforehand. × is a multiple of "
-        "full's. One pass each, one after the other: a drift of the machine's speed is in byte-seconds (full and real tiles hold "
-        "the same); seconds beside each other are `make bench`'s.",
+        "full's. One pass each, one after the other: a drift of the machine's speed is in byte-seconds (full and real tiles "
+        "hold the same); seconds beside each other are `make bench`'s.",
         "",
         "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
         f"them; an image of four tiles has none. {' '.join(map(tower, report['results'], report['results'].values()))}",

@@ -251,9 +251,7 @@ def test_a_trimmed_run_that_held_more_is_told_with_a_warning(tmp_path: Path) -> 
         "k trims and holds more cross KV than full: 5.9 KiB at its peak beside 2.0 KiB (3.00×), and 5.9 KiB·s a row beside "
         "3.9 KiB·s (1.50×)."
     )
-    assert within.startswith(
-        "k held 3.00× what all features would have (by formula): rows about one image kept different sets"
-    )
+    assert within.startswith("k held 3.00× what all features would have (by formula): rows about one image kept different sets")
 
 
 def test_a_run_that_did_not_count_is_unknown(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests import tiny
 from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.costs import Cost, Costs, Look, Stages
 from trimming.engine import Engine, Image, KeptSets, Request
+from trimming.engine.gather import Gathered
 from trimming.engine.onednn import OneDnnLinear
 from trimming.engine.sequence import Encoded, Sequence_
 from trimming.engine.vision import Tower
@@ -177,7 +178,8 @@ class Watched:
         shut = 0
         for bundle in self.engine.decode._members[0].bundles:
             sharers = bundle.size[1]
-            shut += sum(sharers * int((mask < 0).sum()) // self.costs.geometry.kv_heads for mask in bundle.masks)
+            masks = bundle.segments.masks if isinstance(bundle.segments, Gathered) else ()
+            shut += sum(sharers * int((mask < 0).sum()) // self.costs.geometry.kv_heads for mask in masks)
         return 2 * 2 * text.hidden_size * shut
 
     def total(self, stage: str) -> int:
