@@ -23,7 +23,7 @@ from benchmarks.workloads import Workload
 from trimming import Grid, KeepAll, Policy, VisualContext
 from trimming.engine import Completion, Image, KeptSets
 from trimming.engine.vision import ImageCache
-from trimming.policies.policy import Where, no_scores
+from trimming.policies.policy import Where
 
 PER_IMAGE = (1, 2, 5, 10, 20)
 """Questions an image."""
@@ -102,18 +102,11 @@ def measure_selection(ours: Ours, load: Workload, policy: Policy, amounts: Amoun
 
 
 @dataclass(frozen=True)
-class Known(Policy):
+class Known(KeepAll):
     """Keeps what is known of each request beforehand, by its id."""
 
     kept: Mapping[str, Tensor] = field(repr=False, compare=False)
     """Positions, as ``SampleTrim.kept`` has them."""
-    where: ClassVar[Where] = "features"
-
-    def score(self, context: VisualContext) -> Tensor:
-        return no_scores(context)
-
-    def budget(self, context: VisualContext) -> Tensor:
-        return context.valid.sum(-1)
 
     def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
         chosen = torch.zeros_like(context.valid)
