@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.estimation.gpus import reported
 from jobs.estimation.machine import Machine, fit_cpu, roofline, shares_of
-from jobs.estimation.schedule import STAGES, Call, Engine, Row, Stage
+from jobs.estimation.schedule import Call, Engine, Row
+from jobs.report import STAGES, Stage
 from trimming.costs import Costs
 
 if TYPE_CHECKING:

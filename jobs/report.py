@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import errors
 from pipeline.listing import describe
@@ -21,8 +21,10 @@ HOLDS_MORE = (
     "(--kept-sets question) or in several groups"
 )
 """The warning on a trimmed run that keeps less of each row's features and more in memory."""
-STAGES = ("tower", "prefill", "decode")
-"""What the device does, one after another."""
+Stage = Literal["tower", "prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("tower", "prefill", "decode")
+"""What the device does, one after another, as the engine times it: the tower with the projector, prefill with the
+cross-attention layers' keys and values."""
 KINDS = 3
 """Kinds of errors that a summary names."""
 MUCH = 1 << 30

@@ -259,27 +259,17 @@ class Answerer:
         self.report(len(answered) - done, sum(row.error is not None for row in answered))
 
     def _submit(self, group: Sequence[Row], decoding: _Decoding) -> list[tuple[Row, Future[Completion]]]:
-        """The group's rows with their completions to come, but for those that have none and have failed.
-
-        One whose prompt can't be run fails alone, the others still decide together. Images that can't be decoded are all rows'.
-        """
+        """The group's rows with their completions to come; none where its images can't be decoded and all rows have failed."""
         from pipeline.engine import Prompt
 
         failure: Exception | str
-        able: list[tuple[Row, Prompt]] = []
         try:
             tiles = decoding.take()
             for row in group:
                 row.tiles = sum(len(t.pixels) for t in tiles)
                 row.grids = [t.grid for t in tiles]
-                prompt = Prompt(row.id, row.tokens, tiles, row.keys)
-                try:
-                    self.engine.check(prompt)
-                    able.append((row, prompt))
-                except ValueError as error:
-                    row.fail(error)
-            futures = self.engine.submit_together([prompt for _, prompt in able]) if able else []
-            return [(row, future) for (row, _), future in zip(able, futures, strict=True)]
+            prompts = [Prompt(row.id, row.tokens, tiles, row.keys) for row in group]
+            return list(zip(group, self.engine.submit_together(prompts), strict=True))
         except ImageError as error:
             failure = str(error)
         except Exception as error:

@@ -114,17 +114,25 @@ class Engine:
         """
         return groups(keys, lengths) if self.kept_sets == "image" else [[place] for place in range(len(keys))]
 
-    def check(self, prompt: Prompt) -> None:
-        """Raises ``ValueError`` for a prompt that can't be run."""
-        self.batch.check(self._request(prompt))
-
-    def submit(self, prompt: Prompt) -> Future[Completion]:
-        """The prompt's completion to come, for ``answer``. Raises ``ValueError`` for a prompt that can't be run."""
-        return self.batch.submit(self._request(prompt))
-
     def submit_together(self, prompts: Sequence[Prompt]) -> list[Future[Completion]]:
-        """The completions to come of prompts of one group. Raises ``ValueError`` for one that can't be run, before any is."""
-        return self.batch.submit_together([self._request(prompt) for prompt in prompts])
+        """The completions to come of prompts of one group, for ``answer``.
+
+        One that can't be run has its ``ValueError`` for a result; the others still decide together.
+        """
+        futures: list[Future[Completion]] = [Future() for _ in prompts]
+        able: list[tuple[int, Request]] = []
+        for place, prompt in enumerate(prompts):
+            try:
+                request = self._request(prompt)
+                self.batch.check(request)
+                able.append((place, request))
+            except ValueError as error:
+                futures[place].set_exception(error)
+        if able:
+            submitted = self.batch.submit_together([request for _, request in able])
+            for (place, _), future in zip(able, submitted, strict=True):
+                futures[place] = future
+        return futures
 
     def answer(self, prompt_tokens: int, completion: Completion) -> Answer:
         """``completion`` of a prompt of this length as an output row has it."""

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import estimate
 from benchmarks.estimate import GOAL, cpu_runs, gpu_runs, markdown, result
-from jobs.estimation.schedule import STAGES
+from jobs.report import STAGES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 

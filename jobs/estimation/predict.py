@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from jobs.estimation.job import Job
 from jobs.estimation.machine import Machine, Time
-from jobs.estimation.schedule import STAGES, Call, Engine, Stage, slot_tokens
+from jobs.estimation.schedule import Call, Engine, slot_tokens
+from jobs.report import STAGES, Stage
 from trimming.costs import Costs
 
 SPANS = 3

@@ -15,7 +15,7 @@ from jobs.estimation.job import Job
 from jobs.estimation.machine import Machine
 from jobs.estimation.measured import Measured, read
 from jobs.estimation.predict import Prediction, predict
-from jobs.estimation.schedule import STAGES, Stage
+from jobs.report import STAGES, Stage
 from trimming.costs import Costs
 from trimming.engine.scheduler import PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, TOWER_IMAGES
 

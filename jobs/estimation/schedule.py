@@ -13,17 +13,13 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Literal
 
+from jobs.report import Stage
 from trimming.costs import Cost, Costs, Look
 from trimming.engine.request import GROUP_ROWS, KeptSets, groups
 from trimming.engine.scheduler import PREFILL_SEQUENCES, PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, SLOT_GRAIN, TOWER_IMAGES
 from trimming.engine.sequence import ceil_to
 from trimming.engine.vision import TowerTiles
-
-Stage = Literal["tower", "prefill", "decode"]
-STAGES: tuple[Stage, ...] = ("tower", "prefill", "decode")
-"""As the engine times them: the tower with the projector, prefill with the cross-attention layers' keys and values."""
 
 LEARNING, MARGIN = 0.2, 1.05
 """How fast the scheduler learns what rows keep, and how much more it expects."""

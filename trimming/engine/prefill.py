@@ -272,9 +272,7 @@ class Prefill:
     def _full_layer(self, attention: Any, index: int, batch: _Batch, query: Tensor) -> Tensor:
         """Attends to every feature, scores them on the way, decides, and stores what stays."""
         keys = self._full_keys(attention, batch)
-        scores: Scores = {
-            s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided
-        }
+        scores = self._nothing_seen(batch, query)
         attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
         for look in batch.looks:
             (a, b), (c, d), (key, value) = look.rows, look.features, keys[look.set]
@@ -304,13 +302,15 @@ class Prefill:
             self._store(s, index, query, key[:, kept], value[:, kept])
         return attended
 
+    def _nothing_seen(self, batch: _Batch, query: Tensor) -> Scores:
+        """Zeros for each set that has yet to decide, on ``query``'s device."""
+        return {s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided}
+
     def _recent(self, attention: Any, batch: _Batch, query: Tensor, keys: dict[_Set, tuple[Tensor, Tensor]]) -> Scores:
         """Probabilities of the last rows of each prompt alone, summed, where the policy looks at them."""
         if "recent" not in self.policy.looks_at:
             return {}
-        recent: Scores = {
-            s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided
-        }
+        recent = self._nothing_seen(batch, query)
         for s, found in recent.items():
             for features, rows in batch.last_rows(s, self.policy.recent_rows).items():
                 (c, d), (key, value) = features, keys[s]
@@ -337,6 +337,8 @@ class Prefill:
         # Padding tiles, which transformers' rows keep where nothing is trimmed, are not counted.
         stayed = packed & s.valid[s.positions]
         s.counts.append(int(stayed.sum()) // (len(key) if packed.dim() == 2 else 1))
+        if not (batch.stores or self.policy.slices):
+            return
         packed = packed.to(key.device)
         packed[..., : s.last[0]] = packed[..., s.last[1] :] = False
         key, value = self._kept(attention, index, s, packed, key, value)

@@ -173,33 +173,37 @@ class Engine:
         Raises as ``submit`` does, before any is submitted; also for requests that differ in their images, or in which of them
         their texts see last.
         """
-        for request in requests:
-            self.check(request)
         sequences = [self._sequence(request) for request in requests]
         if self.kept_sets == "image" and len(sequences) > 1:
             tokens = sum(len(request.tokens) for request in requests)
             if len(sequences) > GROUP_ROWS or tokens > GROUP_TOKENS:
                 most = f"{GROUP_ROWS} requests of {GROUP_TOKENS:,} tokens at most"
                 raise ValueError(f"{len(sequences)} requests of {tokens:,} tokens are too many to decide together: give {most}")
-            whose = self._whose(requests[0])
+            group = sequences[0].group
             for sequence in sequences:
-                if not whose or self._whose(sequence.request) != whose:
+                if not sequence.spans or sequence.group.shown != group.shown:
                     raise ValueError(f"request {sequence.request.id!r} is not about the images of {requests[0].id!r}")
-                sequence.group = sequences[0].group
-            sequences[0].group.size = sequences[0].group.waiting = len(sequences)
+            self._unite(sequences)
+        self._enqueue(sequences)
+        return [sequence.future for sequence in sequences]
+
+    def _unite(self, sequences: Sequence[Sequence_]) -> None:
+        """Lets them decide together."""
+        group = sequences[0].group
+        for sequence in sequences:
+            sequence.group = group
+        group.size = group.waiting = len(sequences)
+
+    def _enqueue(self, sequences: Sequence[Sequence_]) -> None:
         with self._arrived:
             if self.failed is not None:
                 raise RuntimeError(f"the engine has failed: {self.failed}") from self.failed
             self.waiting.extend(sequences)
             self._arrived.notify()
-        return [sequence.future for sequence in sequences]
-
-    def _whose(self, request: Request) -> tuple[object, ...]:
-        """What requests have in common that may decide together; empty without images."""
-        spans = image_spans(request.tokens, self.image_token)
-        return (spans[-1].images, *(image.key for image in request.images)) if spans else ()
 
     def _sequence(self, request: Request) -> Sequence_:
+        """Raises ``ValueError`` for a request that can't be run."""
+        self.check(request)
         future: Future[Completion] = Future()
         # It can no longer be cancelled: the engine would trip over it when it has its result.
         future.set_running_or_notify_cancel()
@@ -210,18 +214,18 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in order. Raises ``ValueError`` for a request that can't be run, before any is."""
-        asked = list(requests)
-        for request in asked:
-            self.check(request)
-        together = [[place] for place in range(len(asked))]
+        sequences = [self._sequence(request) for request in requests]
+        together = [[place] for place in range(len(sequences))]
         if self.kept_sets == "image":
-            together = groups([self._whose(request) for request in asked], [len(request.tokens) for request in asked])
-        futures: dict[int, Future[Completion]] = {}
+            whose = [sequence.group.shown if sequence.spans else () for sequence in sequences]
+            together = groups(whose, [len(sequence.request.tokens) for sequence in sequences])
         for places in together:
-            futures |= zip(places, self.submit_together([asked[place] for place in places]), strict=True)
-        while not all(future.done() for future in futures.values()):
+            party = [sequences[place] for place in places]
+            self._unite(party)
+            self._enqueue(party)
+        while not all(sequence.future.done() for sequence in sequences):
             self.step()
-        return [futures[place].result() for place in range(len(asked))]
+        return [sequence.future.result() for sequence in sequences]
 
     def serve(self, stop: threading.Event) -> None:
         """Steps until ``stop`` is set (and ``wake`` called), and waits while there is nothing to do.
@@ -293,6 +297,7 @@ class Engine:
         self.memory.reset_peaks()
 
     def check(self, request: Request) -> None:
+        """Raises ``ValueError`` for a request that can't be run."""
         places = request.tokens.count(self.image_token)
         if places != len(request.images):
             raise ValueError(f"request {request.id!r} has {places} image tokens for {len(request.images)} images")

@@ -69,8 +69,8 @@ class Group:
     """Elements of its segment, once a prefill has found out."""
     keys: tuple[str, ...] = field(init=False)
     """The images'."""
-    shown: Hashable = field(init=False)
-    """What tells apart what is held if all features are kept."""
+    shown: tuple[Hashable, ...] = field(init=False)
+    """Which images these sequences see, and which of them last: what tells apart what is held if all features are kept."""
 
     def __post_init__(self) -> None:
         self.keys = tuple(image.key for image in self.images)
