@@ -38,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--scenes", type=int, metavar="N", default=300, help="scenes, six questions each (default: %(default)s)"
     )
-    parser.add_argument("--blocks", type=int, metavar="N", default=5, help="parts of each set, in which policies take turns")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        metavar="N",
+        default=10,
+        help="parts of each set, in which policies take turns; small enough that all rows of one run at once",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; default: torch's own choice")
     parser.add_argument("--page", action="store_true", help="write the page anew from pareto.json, and measure nothing")
     options = parser.parse_args(arguments)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.pareto_run import CLOSE
 from demo.table import row
 
 Report = dict[str, Any]
@@ -13,8 +14,6 @@ Point = dict[str, Any]
 ALL = "all"
 KINDS_AT = 0.15
 """The share at which kinds of questions have a table of their own."""
-OFF = 0.01
-"""A measured share this far from the reference's is marked."""
 NONE = "–"
 ARROWS = {"better": " ↑", "worse": " ↓", "not distinguishable": ""}
 
@@ -26,7 +25,8 @@ def markdown(report: Report) -> str:
         "image, or *by question* (hollow). Share of answers that are right as a whole, in %, ± half of its 95 % interval "
         "(bootstrap over images). **Bold**: the best at that share, and what is not distinguishable from it (paired "
         "differences, 95 %). "
-        f"↑ ↓: better or worse than {report['reference']} at that share; nothing: not distinguishable.",
+        f"↑ ↓: better or worse than {report['reference']} at that share; nothing: not distinguishable. †: what it held is more "
+        f"than {CLOSE:.0%} of all features away from {report['reference']}'s, so that the two are not compared.",
         "",
         "![Quality against the most bytes held at once](pareto-kv.svg)",
         "",
@@ -40,7 +40,7 @@ def markdown(report: Report) -> str:
         lines += [
             "",
             "Measured: bytes held, most at once and over time, each in % of all features', and milliseconds of prefill and "
-            "decoding a question:",
+            "decoding a question (median block):",
             "",
         ]
         lines += costs(report, data)
@@ -54,12 +54,6 @@ def markdown(report: Report) -> str:
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------------
-
-
-def unequal(report: Report, data: Report) -> Iterator[str]:
-    if any(mark(data, point) for point in data["points"]):
-        yield ""
-        yield f"†: measured at more than {OFF:.0%} of the features away from {report['reference']}'s share."
 
 
 def quality(report: Report, data: Report) -> Iterator[str]:
@@ -85,7 +79,6 @@ def costs(report: Report, data: Report) -> Iterator[str]:
         points = [at(data, name, target) for target in targets]
         if any(points):
             yield row([label(report, name), *(measured(data, point) if point else NONE for point in points)])
-    yield from unequal(report, data)
 
 
 def kinds(report: Report, data: Report, target: float) -> Iterator[str]:
@@ -132,43 +125,57 @@ def rivals(report: Report, data: Report) -> Iterator[str]:
 
 def said(report: Report, data: Report) -> Iterator[str]:
     """Where a control wins, and which policies are worth more than a control."""
-    wins, losses, kind_wins = [], [], []
-    policies = [name for name in report["contenders"] if name not in report["controls"]]
-    for each in data["fractions"]:
-        target, share = each["target"], percent(each["share"])
-        for name in policies:
-            point = at(data, name, target)
-            if point is None:
-                continue
-            for control, found in point["against_controls"].items():
-                if found[ALL]["verdict"] == "worse":
-                    wins.append(f"- At {share} % {control} is better than {name}: {interval(opposite(found[ALL]))} points.")
-                for kind, difference in found.items():
-                    if kind != ALL and difference["verdict"] == "worse":
-                        kind_wins.append((share, control, name, kind))
-            if not all(found[ALL]["verdict"] == "better" for found in point["against_controls"].values()):
-                losses.append((share, name))
-    yield "**Where a control wins.** " + ("" if wins else "Nowhere, over all kinds of questions together.")
-    if wins:
+    targets = [each["target"] for each in data["fractions"]]
+    policies = {
+        name: points
+        for name in report["contenders"]
+        if name not in report["controls"]
+        # At equal bytes alone.
+        and (points := {t: p for t in targets if (p := at(data, name, t)) and "against_controls" in p})
+    }
+    beaten = {name: [lead(points.get(target), ALL) for target in targets] for name, points in policies.items()}
+    beaten = {name: leads for name, leads in beaten.items() if any(leads)}
+    yield "**Where a control wins**, and by how many points" + (":" if beaten else ": nowhere, over all kinds together.")
+    if beaten:
         yield ""
-        yield from wins
-    if kind_wins:
+        yield row(["policy", *(f"{target:g}" for target in targets)])
+        yield row(["---", *["---"] * len(targets)])
+        for name, leads in beaten.items():
+            yield row([name, *(each or NONE for each in leads)])
+    kinds = [kind for kind in data["kinds"] if kind != ALL]
+    where = {
+        name: [", ".join(f"{target:g}" for target, point in points.items() if lead(point, kind)) for kind in kinds]
+        for name, points in policies.items()
+    }
+    where = {name: shares for name, shares in where.items() if any(shares)}
+    if where:
         yield ""
-        places: dict[tuple[str, str, str], list[str]] = {}
-        for share, control, name, kind in kind_wins:
-            places.setdefault((control, name, kind), []).append(f"{share} %")
-        one = (f"{control} over {name} on {kind} (at {', '.join(at)})" for (control, name, kind), at in places.items())
-        yield f"By kind: {'; '.join(one)}."
+        yield "By kind of question, the shares at which a control wins:"
+        yield ""
+        yield row(["policy", *kinds])
+        yield row(["---", *["---"] * len(kinds)])
+        for name, shares in where.items():
+            yield row([name, *(each or NONE for each in shares)])
     yield ""
-    by_share: dict[str, list[str]] = {}
-    for share, name in losses:
-        by_share.setdefault(share, []).append(name)
-    listed = "; ".join(f"at {share} %: {', '.join(names)}" for share, names in by_share.items())
+    listed = "; ".join(f"at {target:g}: {', '.join(names)}" for target in targets if (names := no_better(policies, target)))
     yield f"**Not shown to be worth more than a control** (not better than each of them): {listed or 'none'}."
     yield ""
     yield "**Best as measured** (and how many others are not distinguishable from it): " + "; ".join(
-        f"at {percent(each['share'])} % {each['best'][ALL]} ({level(data, each['target'])})" for each in data["fractions"]
+        f"at {each['target']:g} {each['best'][ALL]} ({level(data, each['target'])})" for each in data["fractions"]
     )
+
+
+def lead(point: Point | None, kind: str) -> str:
+    """By how much the controls that are better than ``point`` are so; empty if none is."""
+    found = point["against_controls"] if point else {}
+    worse = {control: each[kind] for control, each in found.items() if each[kind]["verdict"] == "worse"}
+    return ", ".join(f"{control} {interval(opposite(each))}" for control, each in worse.items())
+
+
+def no_better(policies: dict[str, dict[float, Point]], target: float) -> list[str]:
+    """Those that are not better than each control at ``target``."""
+    there = {name: points[target]["against_controls"] for name, points in policies.items() if target in points}
+    return [name for name, found in there.items() if not all(each[ALL]["verdict"] == "better" for each in found.values())]
 
 
 def better(report: Report) -> Iterator[str]:
@@ -198,10 +205,10 @@ def conditions(report: Report) -> Iterator[str]:
     listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
     yield (
         f"{listed}; model {report['model_sha256'][:12]}. Each policy is set to the bytes that {report['reference']} was "
-        f"measured to hold at the setting nearest to the share in the column's head: parameters that depend on the data "
-        "(trimmed-llama's K, zipvl's mass, all of those by question) were searched for on a part of the data, without a look "
-        "at the answers. By question nothing holds less than a feature for each question. think cuts key channels, and can't "
-        "fall below half. Verdicts are not corrected for their number: one difference in twenty that is none looks like one."
+        "measured to hold at the setting nearest to the share in the column's head: parameters that depend on the data "
+        "(trimmed-llama's K, zipvl's mass, all of those by question) were searched for, without a look at the answers. By "
+        "question nothing holds less than a feature for each question. think cuts key channels, and can't fall below half. "
+        "Verdicts are not corrected for their number: one difference in twenty that is none looks like one."
     )
     yield ""
     yield (
@@ -212,9 +219,9 @@ def conditions(report: Report) -> Iterator[str]:
             f"{name} {', '.join(f'{view} {ms:.1f} ms an image' for view, ms in data['tower_ms_per_image'].items())}"
             for name, data in report["sets"].items()
         )
-        + ". An image's features and its first layer's keys and values are there before a policy's turn, as the engine keeps "
-        "them for further questions; policies took turns in blocks of each set, in another order each time. Milliseconds are "
-        f"the median block's; a policy's fastest and slowest block are {spread(report):.0%} of it apart (median over all)."
+        + ". An image's features are there before a policy's turn, as the engine keeps them for further questions; policies "
+        "took turns in blocks of each set, in another order each time. A policy's fastest and slowest block are "
+        f"{spread(report):.0%} of its median apart (median over all)."
     )
 
 
@@ -237,8 +244,8 @@ def share_at(data: Report, target: float) -> float:
 
 
 def level(data: Report, target: float) -> int:
-    """How many are not distinguishable from the best at ``target``."""
-    here = [point for point in data["points"] if point["target"] == target]
+    """How many are not distinguishable from the best at ``target``, of those that held as much as the reference."""
+    here = [point for point in data["points"] if point["target"] == target and "against_best" in point]
     return sum(point["against_best"][ALL]["verdict"] != "worse" for point in here) - 1
 
 
@@ -247,25 +254,19 @@ def label(report: Report, name: str) -> str:
 
 
 def scored(point: Point, kind: str) -> str:
-    """Accuracy with its interval; bold where nothing is shown to be better."""
+    """Accuracy with its interval; bold where nothing is shown to be better at equal bytes."""
     text = plus_minus(point["accuracy"][kind])
+    if "against_best" not in point:
+        return f"{text} †"
     if point["against_best"][kind]["verdict"] != "worse":
         text = f"**{text}**"
     against = point.get("against_reference")
-    if against is None:
-        return text
-    return text + ("" if against["equal_cost"] else " †") + ARROWS[against["kinds"][kind]["verdict"]]
+    return text + (ARROWS[against["kinds"][kind]["verdict"]] if against else "")
 
 
 def measured(data: Report, point: Point) -> str:
     over_time = point["held_byte_seconds_per_row"] / data["points"][0]["held_byte_seconds_per_row"]
-    return f"{percent(point['share'])}{mark(data, point)} · {percent(over_time)} · {milliseconds(point)}"
-
-
-def mark(data: Report, point: Point) -> str:
-    if point["target"] is None:
-        return ""
-    return " †" if abs(point["share"] - share_at(data, point["target"])) > OFF else ""
+    return f"{percent(point['share'])} · {percent(over_time)} · {milliseconds(point)}"
 
 
 def plus_minus(found: Report) -> str:

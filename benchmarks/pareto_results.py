@@ -77,7 +77,7 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
     """A data set's numbers from those of its points, the first of which keeps everything at the images' own resolution.
 
     Each point gets its accuracy by kind; what is to be compared is compared pair by pair, row for row: each with the reference,
-    and at every target with each control and with the best there.
+    and at every target, among those that held as much as the reference, with each control and with the best.
     """
     images = np.unique([row.path for row in rows], return_inverse=True)[1]
     kinds = np.array([row.kind for row in rows])
@@ -100,17 +100,18 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
 
     fractions = []
     for target in sorted({one["target"] for one in points if one["target"] is not None}, reverse=True):
-        here = [number for number, one in enumerate(points) if one["target"] == target]
-        there = {points[number]["contender"]: number for number in here}
-        best = {k: max(here, key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
-        for number in here:
+        here = {one["contender"]: number for number, one in enumerate(points) if one["target"] == target}
+        share = points[here[REFERENCE]]["share"]
+        there = {name: number for name, number in here.items() if abs(points[number]["share"] - share) <= CLOSE}
+        best = {k: max(there.values(), key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
+        for number in there.values():
             one = points[number]
             others = [name for name in controls() if name in there and name != one["contender"]]
             one["against_controls"] = {name: against(number, there[name]) for name in others}
             behind = {kind: of_kind(right[number] - right[best[kind]], kind) for kind in masks}
             one["against_best"] = {kind: short(difference(clusters, "quality")) for kind, clusters in behind.items()}
         best_names = {kind: points[number]["contender"] for kind, number in best.items()}
-        fractions.append({"target": target, "share": points[there[REFERENCE]]["share"], "best": best_names})
+        fractions.append({"target": target, "share": share, "best": best_names})
     references = [number for number, one in enumerate(points) if one["contender"] == REFERENCE]
     for number, one in enumerate(points):
         if number in references:

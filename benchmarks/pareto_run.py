@@ -27,17 +27,17 @@ from demo.table import ROOT, code, sha256
 from pipeline.engine import Engine, Prompt
 from pipeline.images import Tiler, Tiles, digest
 from pipeline.pictures import decode
-from trimming import KeepAll, Policy, ThinK, TrimmedLlama, VisionZip
+from trimming import KeepAll, Policy, ThinK, VisionZip
 from trimming.engine import KeptSets
 
 CLOSE = 0.01
 """Shares of the features that count as equal."""
 TOLERANCE, TRIES = 0.004, 12
-"""A search ends at a share this near, or after as many passes over its part of the data,"""
+"""A search ends at a share this near, or after as many passes over a block,"""
 FINEST = 1 / 1024
 """or between parameters this near: no image has more than 260 features."""
-PART = 25
-"""Images in that part, at most, with all their questions."""
+ROUNDS = 3
+"""Searches for one share at most, each followed by a pass over all blocks."""
 
 Cell = dict[str, Any]
 
@@ -60,12 +60,6 @@ class DataSet:
     def rows(self) -> list[Row]:
         """In the order of the blocks."""
         return [row for number in range(self.blocks) for row in self.block(number)]
-
-    @property
-    def part(self) -> list[Row]:
-        """What parameters are searched on: images from all over the set."""
-        step = max(1, len(self.images) // PART)
-        return [row for image in self.images[::step][:PART] for row in image]
 
 
 # ---- answering --------------------------------------------------------------------------------------------------------------
@@ -95,13 +89,12 @@ class Bench:
         return self._engines[kind]
 
     def see(self, rows: Sequence[Row], view: View) -> Cell:
-        """Encodes each image that is new, so that no policy pays for it: with the tower's attention, which one policy looks at,
-        and with the first layer's keys and values, which an engine keeps with the image. How many, and the tower's seconds."""
+        """Encodes each image that is new, so that no policy pays for it, with the tower's attention, which one policy looks at.
+        How many, and the tower's seconds."""
         new = {key: row for row in rows if (key := (digest(row.image), view)) not in self._seen}
-        # The tower's attention first: an image that is encoded without it stays so.
-        passes = [self._answers(policy, list(new.values()), view) for policy in (VisionZip(0.5), TrimmedLlama(0.5)) if new]
+        cell = self._answers(VisionZip(0.5), list(new.values()), view)
         self._seen.update(new)
-        return {name: sum(each[name] for each in passes) for name in ("images_encoded", "tower")}
+        return {name: cell[name] for name in ("images_encoded", "tower")}
 
     def answers(self, policy: Policy, rows: Sequence[Row], view: View, kept_sets: KeptSets = "image") -> Cell:
         self.see(rows, view)
@@ -274,20 +267,36 @@ class Study:
         return self.find(contender, share)[0] if contender.parameter is None else contender.parameter(share)
 
     def find(self, contender: Contender, share: float) -> tuple[float, float]:
-        """The parameter whose measured share of held bytes is nearest to ``share`` on a part of the data, and that share."""
-        part = self.data.part
-        self.journal.once(self._key("tower", WHOLE, "part"), lambda: self.bench.see(part, WHOLE))
+        """The parameter whose measured share of held bytes is nearest to ``share``, and that share.
 
-        def held(policy: Policy, kept_sets: KeptSets = "image") -> int:
-            key = self._key("part", policy, kept_sets)
-            return int(self.journal.once(key, lambda: self.bench.answers(policy, part, WHOLE, kept_sets))["held_bytes"])
+        Searched for on the first block; where all blocks together came to something else, again for as much more or less.
+        """
+        tried: dict[float, float] = {}
+        sought = share
+        while len(tried) < ROUNDS:
+            parameter, _ = find(lambda p: self.share(contender, p, 1), sought, self._found[contender.name])
+            if parameter in tried:
+                break
+            tried[parameter] = came = self.share(contender, parameter, self.data.blocks)
+            if abs(came - share) <= TOLERANCE:
+                break
+            sought = min(1.0, sought * share / came)
+        found = min(tried, key=lambda p: abs(tried[p] - share))
+        self.say(f"{self.data.name}: {contender.name} holds {tried[found]:.1%} at {found:.4f} for {share:.1%}")
+        return found, tried[found]
 
-        def shares(parameter: float) -> float:
-            return held(contender.make(parameter), contender.kept_sets) / held(KeepAll())
+    def share(self, contender: Contender, parameter: float, blocks: int) -> float:
+        """What the first ``blocks`` hold, of what they do with all features."""
+        policy, of = contender.make(parameter), range(blocks)
+        own = sum(self._held(policy, contender.kept_sets, block) for block in of)
+        return own / sum(self._held(KeepAll(), "image", block) for block in of)
 
-        found, came = find(shares, share, self._found[contender.name])
-        self.say(f"{self.data.name}: {contender.name} keeps {came:.1%} at {found:.4f} for {share:.1%}")
-        return found, came
+    def _held(self, policy: Policy, kept_sets: KeptSets, block: int) -> int:
+        """Bytes of a block, whose seconds do not count: it is not its turn."""
+        rows = self.data.block(block)
+        self.journal.once(self._key("tower", WHOLE, block), lambda: self.bench.see(rows, WHOLE))
+        key = self._key("search", policy, kept_sets, block)
+        return int(self.journal.once(key, lambda: self.bench.answers(policy, rows, WHOLE, kept_sets))["held_bytes"])
 
     def todo(self, entries: Sequence[Entry], block: int) -> list[Entry]:
         """Entries whose cell the journal lacks, in the block's own order."""
@@ -309,8 +318,7 @@ class Study:
 
     def tower_seconds(self, view: View) -> float:
         """What the tower takes for an image, mean over those that it was timed on: each is encoded once."""
-        keys = (self._key("tower", view, block) for block in [*range(self.data.blocks), "part"])
-        lines = [self.journal.lines[key] for key in keys if key in self.journal.lines]
+        lines = [self.journal.lines[self._key("tower", view, block)] for block in range(self.data.blocks)]
         return sum(line["tower"] for line in lines) / max(1, sum(line["images_encoded"] for line in lines))
 
     def key(self, entry: Entry, block: int) -> str:
