@@ -68,7 +68,8 @@ def plots(report: Report) -> dict[str, str]:
 
 
 def figure(report: Report, name: str, across: str, place: Callable[[Point], float]) -> str:
-    """One plot for each data set: a line a contender, with intervals, and its name at the end where least is kept."""
+    """One plot for each data set: a line a contender, with intervals, and its name at the end where least is kept; of one set a
+    question hollow, and named as the full one."""
     sets = report["sets"]
     with ExitStack() as stack:
         whole, only, made = stack.enter_context(Drawing(name, 5.6 * len(sets), 6.2))
@@ -81,15 +82,16 @@ def figure(report: Report, name: str, across: str, place: Callable[[Point], floa
             for contender, points in series.items():
                 hollow = contender.endswith(BY_QUESTION)
                 drawn = draw(axes, look(report, contender), points, place, hollow)
-                if not hollow:
-                    handles[contender] = drawn
+                if hollow:
+                    continue
+                handles[contender] = drawn
                 if contender != "all features":
                     ends.append((contender, place(points[-1]), points[-1]["accuracy"][ALL]["value"]))
             scale(axes, [point for points in series.values() for point in points], place)
             axes.set_title(f"{title}, {data['rows']:,} questions", fontsize=10.5, loc="left")
             axes.set_xlabel(across)
             name_ends(axes, report, ends)
-        whole.axes[0].set_ylabel("right answers (scale of errors)")
+        whole.axes[0].set_ylabel("right answers (scale of errors; hollow: a kept set a question)")
         whole.legend(
             handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3.2, columnspacing=1.6
         )
