@@ -24,6 +24,8 @@ from trimming.engine import KeptSets
 
 TARGETS = (0.5, 0.3, 0.15, 0.05)
 """Shares that are asked for of what is held with all features: the most bytes of images' keys and values at once."""
+CLOSE = 0.01
+"""Such shares, no further apart, that count as equal."""
 REFERENCE = "trimmed-llama"
 """What all others are matched to and compared with."""
 

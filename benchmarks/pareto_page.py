@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.pareto_run import CLOSE
+from benchmarks.pareto_contenders import CLOSE
 from demo.table import row
 
 Report = dict[str, Any]
@@ -126,36 +126,25 @@ def rivals(report: Report, data: Report) -> Iterator[str]:
 def said(report: Report, data: Report) -> Iterator[str]:
     """Where a control wins, and which policies are worth more than a control."""
     targets = [each["target"] for each in data["fractions"]]
+    # By policy and target, of those that held as much as the reference.
     policies = {
-        name: points
+        name: {target: point for target in targets if (point := at(data, name, target)) and compared(point)}
         for name in report["contenders"]
         if name not in report["controls"]
-        # At equal bytes alone.
-        and (points := {t: p for t in targets if (p := at(data, name, t)) and "against_controls" in p})
     }
-    beaten = {name: [lead(points.get(target), ALL) for target in targets] for name, points in policies.items()}
-    beaten = {name: leads for name, leads in beaten.items() if any(leads)}
-    yield "**Where a control wins**, and by how many points" + (":" if beaten else ": nowhere, over all kinds together.")
-    if beaten:
-        yield ""
-        yield row(["policy", *(f"{target:g}" for target in targets)])
-        yield row(["---", *["---"] * len(targets)])
-        for name, leads in beaten.items():
-            yield row([name, *(each or NONE for each in leads)])
+    leads = {name: [lead(points.get(target), ALL) for target in targets] for name, points in policies.items()}
+    wins = list(filled([f"{target:g}" for target in targets], leads))
+    yield "**Where a control wins**, and by how many points" + (":" if wins else ": nowhere, over all kinds together.")
+    yield from wins
     kinds = [kind for kind in data["kinds"] if kind != ALL]
-    where = {
+    shares = {
         name: [", ".join(f"{target:g}" for target, point in points.items() if lead(point, kind)) for kind in kinds]
         for name, points in policies.items()
     }
-    where = {name: shares for name, shares in where.items() if any(shares)}
-    if where:
+    if kind_wins := list(filled(kinds, shares)):
         yield ""
         yield "By kind of question, the shares at which a control wins:"
-        yield ""
-        yield row(["policy", *kinds])
-        yield row(["---", *["---"] * len(kinds)])
-        for name, shares in where.items():
-            yield row([name, *(each or NONE for each in shares)])
+        yield from kind_wins
     yield ""
     listed = "; ".join(f"at {target:g}: {', '.join(names)}" for target in targets if (names := no_better(policies, target)))
     yield f"**Not shown to be worth more than a control** (not better than each of them): {listed or 'none'}."
@@ -163,6 +152,17 @@ def said(report: Report, data: Report) -> Iterator[str]:
     yield "**Best as measured** (and how many others are not distinguishable from it): " + "; ".join(
         f"at {each['target']:g} {each['best'][ALL]} ({level(data, each['target'])})" for each in data["fractions"]
     )
+
+
+def filled(columns: Sequence[str], lines: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A table of those lines, by policy, in which anything stands; nothing where there is none."""
+    lines = {name: cells for name, cells in lines.items() if any(cells)}
+    if lines:
+        yield ""
+        yield row(["policy", *columns])
+        yield row(["---", *["---"] * len(columns)])
+    for name, cells in lines.items():
+        yield row([name, *(cell or NONE for cell in cells)])
 
 
 def lead(point: Point | None, kind: str) -> str:
@@ -239,13 +239,18 @@ def at(data: Report, contender: str, target: float) -> Point | None:
     return next(found, None)
 
 
+def compared(point: Point) -> bool:
+    """Whether it held as much as the reference at its target, and is compared with what else did."""
+    return "against_best" in point
+
+
 def share_at(data: Report, target: float) -> float:
     return next(float(each["share"]) for each in data["fractions"] if each["target"] == target)
 
 
 def level(data: Report, target: float) -> int:
     """How many are not distinguishable from the best at ``target``, of those that held as much as the reference."""
-    here = [point for point in data["points"] if point["target"] == target and "against_best" in point]
+    here = [point for point in data["points"] if point["target"] == target and compared(point)]
     return sum(point["against_best"][ALL]["verdict"] != "worse" for point in here) - 1
 
 
@@ -256,7 +261,7 @@ def label(report: Report, name: str) -> str:
 def scored(point: Point, kind: str) -> str:
     """Accuracy with its interval; bold where nothing is shown to be better at equal bytes."""
     text = plus_minus(point["accuracy"][kind])
-    if "against_best" not in point:
+    if not compared(point):
         return f"{text} †"
     if point["against_best"][kind]["verdict"] != "worse":
         text = f"**{text}**"

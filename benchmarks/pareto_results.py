@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pareto_contenders import CONTENDERS, REFERENCE, TARGETS
-from benchmarks.pareto_run import CLOSE, Cell, Entry, Study
+from benchmarks.pareto_contenders import CLOSE, CONTENDERS, REFERENCE, TARGETS
+from benchmarks.pareto_run import Cell, Entry, Study
 from demo.shards import Row
 from demo.table import conditions, sha256
 from jobs.comparison.bootstrap import Clusters, difference, score
@@ -102,12 +102,12 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
     for target in sorted({one["target"] for one in points if one["target"] is not None}, reverse=True):
         here = {one["contender"]: number for number, one in enumerate(points) if one["target"] == target}
         share = points[here[REFERENCE]]["share"]
-        there = {name: number for name, number in here.items() if abs(points[number]["share"] - share) <= CLOSE}
-        best = {k: max(there.values(), key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
-        for number in there.values():
+        equal = {name: number for name, number in here.items() if abs(points[number]["share"] - share) <= CLOSE}
+        best = {k: max(equal.values(), key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
+        for number in equal.values():
             one = points[number]
-            others = [name for name in controls() if name in there and name != one["contender"]]
-            one["against_controls"] = {name: against(number, there[name]) for name in others}
+            others = [name for name in controls() if name in equal and name != one["contender"]]
+            one["against_controls"] = {name: against(number, equal[name]) for name in others}
             behind = {kind: of_kind(right[number] - right[best[kind]], kind) for kind in masks}
             one["against_best"] = {kind: short(difference(clusters, "quality")) for kind, clusters in behind.items()}
         best_names = {kind: points[number]["contender"] for kind, number in best.items()}

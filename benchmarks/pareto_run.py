@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.pareto_contenders import CONTENDERS, FEWER_TILES, REFERENCE, TARGETS, WHOLE, Contender, View
+from benchmarks.pareto_contenders import CLOSE, CONTENDERS, FEWER_TILES, REFERENCE, TARGETS, WHOLE, Contender, View
 from demo.answerer import Answerer
 from demo.shards import Row
 from demo.table import ROOT, code, sha256
@@ -30,8 +30,6 @@ from pipeline.pictures import decode
 from trimming import KeepAll, Policy, ThinK, VisionZip
 from trimming.engine import KeptSets
 
-CLOSE = 0.01
-"""Shares of the features that count as equal."""
 TOLERANCE, TRIES = 0.004, 12
 """A search ends at a share this near, or after as many passes over a block,"""
 FINEST = 1 / 1024

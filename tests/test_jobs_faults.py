@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +37,36 @@ def shard(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes], checkpoint_folder: str
-) -> dict[str, Any]:
-    """The rows by id of a job from ``shard`` that nothing hits."""
-    job = start(write_shard(tmp_path_factory.mktemp("undisturbed"), picture), checkpoint_folder)
-    assert job.wait() == 0, job.said
-    return check(job.output)
+) -> Callable[..., dict[str, Any]]:
+    """The rows by id of a job from ``shard`` with these options that nothing hits."""
+
+    @cache
+    def answer(*options: str) -> dict[str, Any]:
+        job = start(write_shard(tmp_path_factory.mktemp("undisturbed"), picture), checkpoint_folder, *options)
+        assert job.wait() == 0, job.said
+        return check(job.output)
+
+    return answer
 
 
-def test_an_actor_killed_in_the_middle_of_a_batch(shard: Path, checkpoint_folder: str, undisturbed: dict[str, Any]) -> None:
-    """With one kept set an image, where rows depend on each other; ``test_pipeline_actor.py`` has both kinds of sets."""
-    job = start(shard, checkpoint_folder)
+@pytest.mark.parametrize("kept_sets", ["image", "question"])
+def test_an_actor_killed_in_the_middle_of_a_batch(
+    shard: Path, checkpoint_folder: str, undisturbed: Callable[..., dict[str, Any]], kept_sets: str
+) -> None:
+    options = ("--kept-sets", kept_sets)
+    job = start(shard, checkpoint_folder, *options)
     job.wait_for_files(2)
     (actor,) = job.actors()
     os.kill(actor, signal.SIGKILL)
     assert job.wait() == 0, job.said
-    rows = check(job.output, undisturbed=undisturbed)
-    assert all(rows[f"{i:03d}"]["kept"] == rows[f"{i + 2:03d}"]["kept"] for i in range(ROWS) if i % UNIT < 2)
+    rows = check(job.output, undisturbed=undisturbed(*options))
+    alike = [rows[f"{i:03d}"]["kept"] == rows[f"{i + 2:03d}"]["kept"] for i in range(ROWS) if i % UNIT < 2]
+    assert all(alike) if kept_sets == "image" else not all(alike)
 
 
-def test_a_driver_killed_at_random_moments(shard: Path, checkpoint_folder: str, undisturbed: dict[str, Any]) -> None:
+def test_a_driver_killed_at_random_moments(
+    shard: Path, checkpoint_folder: str, undisturbed: Callable[..., dict[str, Any]]
+) -> None:
     """The short form of ``make soak``."""
     job = [*given(shard, checkpoint_folder), "--write-kept"]
     output, ends = Storage(str(shard.parent / "out")), time.monotonic() + 300
@@ -67,7 +79,7 @@ def test_a_driver_killed_at_random_moments(shard: Path, checkpoint_folder: str, 
     assert [hit["rows"] > 0 for hit in soak.hits] == [False, True, True]
     assert soak.torn == 0
     # The files of killed writers are removed by whoever ends the run.
-    check(Path(output.url), undisturbed=undisturbed)
+    check(Path(output.url), undisturbed=undisturbed())
 
 
 def test_a_driver_killed_while_it_writes_to_s3(shard: Path, checkpoint_folder: str, s3: dict[str, Any]) -> None:
@@ -172,7 +184,9 @@ cluster.shutdown()
 """
 
 
-def test_nodes_that_come_late_and_are_taken_away(shard: Path, checkpoint_folder: str, undisturbed: dict[str, Any]) -> None:
+def test_nodes_that_come_late_and_are_taken_away(
+    shard: Path, checkpoint_folder: str, undisturbed: Callable[..., dict[str, Any]]
+) -> None:
     """The job waits for its node, which holds the actor and all blocks and goes; another comes in its place."""
     nodes = subprocess.Popen(
         [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -190,7 +204,7 @@ def test_nodes_that_come_late_and_are_taken_away(shard: Path, checkpoint_folder:
         print("go", file=nodes.stdin, flush=True)
         assert nodes.stdout.readline() == "replaced\n"
         assert job.wait(240) == 0, job.said
-        check(job.output, undisturbed=undisturbed)
+        check(job.output, undisturbed=undisturbed())
     finally:
         with suppress(ProcessLookupError):
             os.killpg(nodes.pid, signal.SIGKILL)
@@ -242,7 +256,7 @@ def poison(tmp_path: Path) -> Path:
 
 
 def test_a_row_that_always_kills_its_actor_is_left_out(
-    shard: Path, checkpoint_folder: str, poison: Path, undisturbed: dict[str, Any]
+    shard: Path, checkpoint_folder: str, poison: Path, undisturbed: Callable[..., dict[str, Any]]
 ) -> None:
     table = pq.read_table(shard)
     questions = ["poison" if i == 21 else question for i, question in enumerate(table["question"].to_pylist())]
@@ -251,7 +265,7 @@ def test_a_row_that_always_kills_its_actor_is_left_out(
     job = start(shard, checkpoint_folder, "--max-error-rate", "0.5", PYTHONPATH=f"{poison}{os.pathsep}{ROOT}")
     assert job.wait(240) == 0, job.said
     # The other question about its image is answered, and decides alone.
-    others = {id: row for id, row in undisturbed.items() if id not in ("021", "023")}
+    others = {id: row for id, row in undisturbed().items() if id not in ("021", "023")}
     check(job.output, {"021": "left out, as the actor died each time"}, others)
     kinds = json.loads((job.output / ".run/summary.json").read_text())["error_kinds"]
     assert [found["ids"] for found in kinds.values()] == [["021"]]
@@ -259,7 +273,7 @@ def test_a_row_that_always_kills_its_actor_is_left_out(
 
 @pytest.mark.parametrize("times", [2, 99])
 def test_an_image_that_kills_its_actor(
-    shard: Path, checkpoint_folder: str, poison: Path, undisturbed: dict[str, Any], times: int
+    shard: Path, checkpoint_folder: str, poison: Path, undisturbed: Callable[..., dict[str, Any]], times: int
 ) -> None:
     """Its unit is begun a third time, one group at a time: answered as if nothing had been, or left out with all its rows."""
     image = pq.read_table(shard)["image"][21].as_py()
@@ -267,5 +281,5 @@ def test_an_image_that_kills_its_actor(
     job = start(shard, checkpoint_folder, "--max-error-rate", "0.5", PYTHONPATH=f"{poison}{os.pathsep}{ROOT}")
     assert job.wait(240) == 0, job.said
     left_out = ["021", "023"] if times > 2 else []
-    check(job.output, dict.fromkeys(left_out, "left out, as the actor died each time"), undisturbed)
+    check(job.output, dict.fromkeys(left_out, "left out, as the actor died each time"), undisturbed())
     assert int((poison / hashlib.sha256(image).hexdigest()).read_text()) == (95 if times > 2 else 0)
