@@ -76,8 +76,8 @@ def test_a_trimmed_run_that_holds_more(tmp_path: Path) -> None:
     peak = "at its peak beside 2.0 KiB (2.00×)."
     (said,) = found("peak", peak_cross_kv_bytes=4000)
     assert said == f"peak trims and holds more cross KV than base: 3.9 KiB {peak}"
-    (said,) = found("longer", cross_kv_byte_seconds=40_000.0, cross_kv_byte_seconds_full=80_000.0)
-    assert said.endswith("than base: 11.7 KiB·s a row beside 3.9 KiB·s (3.00×).")
+    # For longer, but within what all features would have held meanwhile: two runs' seconds differ.
+    assert found("longer", cross_kv_byte_seconds=40_000.0, cross_kv_byte_seconds_full=80_000.0) == []
     # As much, the rounding of what is allocated aside; or more, of more rows at once: what trimming makes room for.
     assert found("same", peak_cross_kv_bytes=2020) == []
     assert found("rows", peak_cross_kv_bytes=4000, peak_sequences=9) == []
@@ -85,9 +85,6 @@ def test_a_trimmed_run_that_holds_more(tmp_path: Path) -> None:
     tiles = made(tmp_path / "tiles", config={"max_tiles": 1})
     assert found("beside", against=tiles, peak_cross_kv_bytes=4000) == []
     assert found("full", {"policy": "none"}, peak_cross_kv_bytes=4000) == []
-    # Seconds of another machine.
-    gpu = made(tmp_path / "gpu", device="NVIDIA H200")
-    assert not any("holds more" in one for one in found("cpu", against=gpu, cross_kv_byte_seconds=40_000.0))
 
 
 def test_sampling_and_its_seed(tmp_path: Path) -> None:

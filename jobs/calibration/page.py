@@ -88,9 +88,9 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
         "- **A row's own cache**: as if no other row shared it.",
     ]
     lines += [
-        f"- **WARNING**: K = {point.k_ratio:g} {HOLDS_MORE.format(times=_times(most))}."
+        f"- **WARNING**: K = {point.k_ratio:g} {HOLDS_MORE.format(times=_times(point.spent.of_full))}."
         for point in found.points
-        if (most := _most_of_full(point, found)) > MORE
+        if (point.spent.of_full or 0.0) > MORE
     ]
     if found.times_one_run is not None:
         lines.append(
@@ -104,13 +104,8 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def _most_of_full(point: Point, found: Calibration) -> float:
-    """What it held of what all features held at once, or would have held over time: the larger."""
-    return max(point.spent.of_full or 0.0, _peak_of_full(point, found) or 0.0)
-
-
 def _peak_of_full(point: Point, found: Calibration) -> float | None:
-    """None where it had fewer rows to run, as it was given up."""
+    """None where it had fewer rows to run, as it was given up. How many ran at once depends on when they arrived, in both."""
     peak = found.full.peak_bytes
     return point.spent.peak_bytes / peak if peak and not point.given_up else None
 
