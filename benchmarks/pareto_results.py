@@ -73,6 +73,10 @@ def point(entry: Entry, cells: Sequence[Cell]) -> Result:
     }
 
 
+def held_equally(one: Result, other: Result) -> bool:
+    return bool(abs(one["share"] - other["share"]) <= CLOSE)
+
+
 def compared(points: list[Result], rows: Sequence[Row]) -> Result:
     """A data set's numbers from those of its points, the first of which keeps everything at the images' own resolution.
 
@@ -101,8 +105,8 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
     fractions = []
     for target in sorted({one["target"] for one in points if one["target"] is not None}, reverse=True):
         here = {one["contender"]: number for number, one in enumerate(points) if one["target"] == target}
-        share = points[here[REFERENCE]]["share"]
-        equal = {name: number for name, number in here.items() if abs(points[number]["share"] - share) <= CLOSE}
+        reference = points[here[REFERENCE]]
+        equal = {name: number for name, number in here.items() if held_equally(points[number], reference)}
         best = {k: max(equal.values(), key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
         for number in equal.values():
             one = points[number]
@@ -111,7 +115,7 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
             behind = {kind: of_kind(right[number] - right[best[kind]], kind) for kind in masks}
             one["against_best"] = {kind: short(difference(clusters, "quality")) for kind, clusters in behind.items()}
         best_names = {kind: points[number]["contender"] for kind, number in best.items()}
-        fractions.append({"target": target, "share": share, "best": best_names})
+        fractions.append({"target": target, "share": reference["share"], "best": best_names})
     references = [number for number, one in enumerate(points) if one["contender"] == REFERENCE]
     for number, one in enumerate(points):
         if number in references:
@@ -119,8 +123,11 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
         same = [n for n in references if one["target"] is not None and points[n]["target"] == one["target"]]
         near = min(same or references, key=lambda n: abs(points[n]["share"] - one["share"]))
         if one["contender"] != "all features":
-            equal = abs(points[near]["share"] - one["share"]) <= CLOSE
-            one["against_reference"] = {"share": points[near]["share"], "equal_cost": equal, "kinds": against(number, near)}
+            one["against_reference"] = {
+                "share": points[near]["share"],
+                "equal_cost": held_equally(one, points[near]),
+                "kinds": against(number, near),
+            }
     for number in references:
         points[number]["against_all_features"] = against(number, 0)
     return {

@@ -105,7 +105,7 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
 
 
 def _peak_of_full(point: Point, found: Calibration) -> float | None:
-    """None where it had fewer rows to run, as it was given up. How many ran at once depends on when they arrived, in both."""
+    """None where it had fewer rows to run, as it was given up. Not a matter of K alone: rows ran at once as they arrived."""
     peak = found.full.peak_bytes
     return point.spent.peak_bytes / peak if peak and not point.given_up else None
 
