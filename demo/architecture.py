@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -21,8 +22,8 @@ from transformers import (
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from demo import scenes
+from demo.scenes import FLAT, Style
 
-PATCH = 14
 SPECIAL = (
     "<|pad|>",
     "<|begin_of_text|>",
@@ -47,9 +48,14 @@ CHAT_TEMPLATE = (
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def scene_words() -> set[str]:
-    """Every word that a scene's questions, answers and captions can hold."""
-    words = {*scenes.SHAPES, *scenes.COLORS, *(g.lower() for g in scenes.GLYPHS), *map(str, range(10))}
+def scene_words(style: Style) -> set[str]:
+    """Every word that the questions, answers and captions of scenes can hold; of a number, its first digit."""
+    words = {
+        *scenes.SHAPES,
+        *scenes.COLORS,
+        *(mark.lower()[0] for marks in style.marks for mark in marks),
+        *map(str, range(10)),
+    }
     words |= {f"{s}es" if s == "cross" else f"{s}s" for s in scenes.SHAPES}
     texts = (
         scenes.CAPTION_PROMPT,
@@ -60,20 +66,23 @@ def scene_words() -> set[str]:
     return words | {w for text in texts for w in _WORD.findall(text)}
 
 
-def build_processor(texts: Iterable[str]) -> MllamaProcessor:
-    """Word-level tokenizer over the words of ``texts`` and of the scenes, Llama's chat template, 112-pixel tiles."""
-    words = scene_words() | {w for text in texts for w in _WORD.findall(text.lower())}
+def build_processor(texts: Iterable[str], style: Style = FLAT) -> MllamaProcessor:
+    """Word-level tokenizer over the words of ``texts`` and of the scenes, Llama's chat template, 112-pixel tiles. A number's
+    second digit is a token of its own: two times ten are learnt sooner than ninety."""
+    numbers = any(len(mark) > 1 for marks in style.marks for mark in marks)
+    words = scene_words(style) | {w for text in texts for w in _WORD.findall(text.lower())}
     spaced = sorted(w for w in words if w[0].isalnum())
     marks = sorted(w for w in words if not w[0].isalnum())
-    tokens = [*SPECIAL, *(f"▁{w}" for w in spaced), *marks, IMAGE_TOKEN]
+    tokens = [*SPECIAL, *(f"▁{w}" for w in spaced), *(map(str, range(10)) if numbers else ()), *marks, IMAGE_TOKEN]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<|unknown|>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     )
     # The mark of a word's beginning lets the decoder put spaces back before words and none before a comma.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always", split=True), pre_tokenizers.Punctuation("isolated")]
-    )
+    pieces = [pre_tokenizers.Metaspace(prepend_scheme="always", split=True), pre_tokenizers.Punctuation("isolated")]
+    if numbers:
+        pieces.append(pre_tokenizers.Split(Regex(r"(?<=\d)\d"), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=True)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -89,8 +98,9 @@ def build_processor(texts: Iterable[str]) -> MllamaProcessor:
     return MllamaProcessor(images, fast, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(processor: MllamaProcessor, seed: int = 0) -> MllamaForConditionalGeneration:
-    """A fresh model with weights from ``seed``; 65 visual tokens a tile, cross-attention at layers 1, 3, 5 and 7 of 8."""
+def build_model(processor: MllamaProcessor, seed: int = 0, patch: int = FLAT.patch) -> MllamaForConditionalGeneration:
+    """A fresh model with weights from ``seed``, with patches of ``patch`` pixels (14: 65 visual tokens a tile, 7: 257);
+    cross-attention at layers 1, 3, 5 and 7 of 8."""
     tokenizer = processor.tokenizer
     vocabulary = len(tokenizer) - 1  # all but the image token
     config = MllamaConfig(
@@ -103,7 +113,7 @@ def build_model(processor: MllamaProcessor, seed: int = 0) -> MllamaForCondition
             "intermediate_layers_indices": [1, 3],
             "vision_output_dim": 480,
             "image_size": scenes.TILE,
-            "patch_size": PATCH,
+            "patch_size": patch,
             "max_num_tiles": 4,
         },
         text_config={
@@ -147,3 +157,36 @@ def build_model(processor: MllamaProcessor, seed: int = 0) -> MllamaForCondition
         do_sample=False,
     )
     return model
+
+
+@torch.no_grad()
+def start_from(
+    model: MllamaForConditionalGeneration,
+    processor: MllamaProcessor,
+    other: MllamaForConditionalGeneration,
+    words: MllamaProcessor,
+) -> None:
+    """Give ``model`` the weights of ``other``, whose processor is ``words``: smaller patches and a finer grid of positions are
+    interpolated, so that it sees its tiles about as ``other`` sees them enlarged; a word that ``other`` lacks starts anew."""
+    mine, theirs = model.state_dict(), other.float().state_dict()
+    grid, old_grid = (m.config.vision_config.image_size // m.config.vision_config.patch_size for m in (model, other))
+    vocabulary, known = processor.tokenizer.get_vocab(), words.tokenizer.get_vocab()
+    for name, weight in mine.items():
+        found = theirs[name]
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            for token, place in vocabulary.items():
+                if token in known and place < len(weight) and known[token] < len(found):
+                    weight[place] = found[known[token]]
+        elif name.endswith("patch_embedding.weight"):
+            # The adjoint of enlarging: what the old kernel says of an enlarged patch.
+            side, old_side = weight.shape[-1], found.shape[-1]
+            pixels = torch.eye(side * side).view(-1, 1, side, side)
+            enlarged = F.interpolate(pixels, size=(old_side, old_side), mode="bilinear").flatten(1)
+            weight.copy_((found.flatten(2) @ enlarged.T).view_as(weight))
+        elif weight.shape != found.shape and "gated_positional_embedding" in name:
+            old = found.view(-1, old_grid**2 + 1, model.config.vision_config.hidden_size)
+            table = old[:, 1:].mT.unflatten(-1, (old_grid, old_grid))
+            finer = F.interpolate(table, size=(grid, grid), mode="bilinear").flatten(2).mT
+            weight.copy_(torch.cat([old[:, :1], finer], dim=1).view_as(weight))
+        else:
+            weight.copy_(found)

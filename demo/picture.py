@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from demo import scenes, shards
-from demo.architecture import PATCH
+from demo.scenes import FLAT
 from jobs.comparison.overlay import Geometry
 
 if TYPE_CHECKING:
     from demo.answerer import Answered, Answerer
 
 ROOT = Path(__file__).resolve().parent.parent
-GEOMETRY = Geometry(side=scenes.TILE, patch=PATCH, most_tiles=4)
+GEOMETRY = Geometry(side=scenes.TILE, patch=FLAT.patch, most_tiles=4)
 PANEL, GAP, LINE = 330, 18, 19
 INK, PAPER, FAULT = (40, 40, 40), (255, 255, 255), (190, 30, 30)
 

@@ -1,7 +1,9 @@
-"""Drawn scenes of 2–6 objects, with questions and a caption for each: the demo's harder data set.
+"""Drawn scenes with questions and a caption for each, in two styles: the demo's harder data sets.
 
-A scene is decided by its split and index alone (``scene("test", 17)`` is the same picture everywhere), so the splits need no
-files. Held-out scenes each hold at least one shape–colour–letter combination that no training scene holds.
+``FLAT`` scenes hold 2–6 objects on plain paper, ``PHOTO`` scenes 3–8 smaller ones over crops of real photographs, marked with
+letters and two-digit numbers. A scene is decided by its style, split and index alone (``scene("test", 17)`` is the same picture
+everywhere), so the splits need no files. Held-out scenes each hold at least one shape–colour–mark combination that no training
+scene holds, and lie on photographs that no training scene lies on.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
+
+from demo import photographs
+from demo.photographs import Crop
 
 TILE = 112
 """Side of the demo model's tile in pixels; canvases are drawn near whole multiples of it."""
@@ -26,13 +31,44 @@ COLORS = {
     "orange": (245, 130, 30),
     "black": (30, 30, 30),
 }
-GLYPHS = ("A", "C", "E", "H", "K", "T", "X", "3", "4", "7")
 KINDS = ("color", "shape", "count", "position", "letter", "caption")
 CAPTION_PROMPT = "list the objects from left to right."
 
 # (columns, rows) of tiles; portrait and landscape of each count.
 LAYOUTS = ((1, 1), (1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (2, 2))
-MAX_OBJECTS = {1: 3, 2: 5, 3: 6, 4: 6}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How scenes of one set are drawn.
+
+    ``marks``: what may be written on an object, by alphabet, each as likely; ``most``: objects by tile count; ``sizes``: of an
+    object, in pixels; ``patch``: side of the patches of the model that reads them, in pixels."""
+
+    name: str
+    marks: tuple[tuple[str, ...], ...]
+    fewest: int
+    most: dict[int, int]
+    sizes: tuple[float, float]
+    patch: int
+    photographs: bool
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+FLAT = Style("scenes", (("A", "C", "E", "H", "K", "T", "X", "3", "4", "7"),), 2, {1: 3, 2: 5, 3: 6, 4: 6}, (28, 46), 14, False)
+_NUMBERS = tuple(str(number) for number in range(10, 100))
+PHOTO = Style(
+    "photo-scenes",
+    (("A", "C", "E", "H", "K", "L", "P", "T", "U", "X"), _NUMBERS),
+    3,
+    {1: 4, 2: 6, 3: 8, 4: 8},
+    (22, 34),
+    7,
+    True,
+)
+STYLES = {style.name: style for style in (FLAT, PHOTO)}
 # Two objects nearer than this on an axis have no order on it, in pixels.
 MIN_GAP = 9
 
@@ -55,11 +91,11 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """``objects`` run from left to right."""
+    """``objects`` run from left to right; they lie on paper of one colour or on a part of a photograph."""
 
     width: int
     height: int
-    background: tuple[int, int, int]
+    background: tuple[int, int, int] | Crop
     objects: tuple[Object, ...]
     tints: tuple[tuple[int, int, int], ...]
 
@@ -68,40 +104,44 @@ class Scene:
         return ", ".join(f"{o.name} {o.glyph.lower()}".strip() for o in self.objects)
 
 
-def held_out(shape: str, color: str, glyph: str) -> bool:
+def held_out(shape: str, color: str, glyph: str, style: Style = FLAT) -> bool:
     """Whether the combination is kept from training; objects without a glyph never are."""
     if not glyph:
         return False
-    return (SHAPES.index(shape) + 2 * list(COLORS).index(color) + 3 * GLYPHS.index(glyph)) % 7 == 0
+    mark = [mark for alphabet in style.marks for mark in alphabet].index(glyph)
+    return (SHAPES.index(shape) + 2 * list(COLORS).index(color) + 3 * mark) % 7 == 0
 
 
-def scene(split: str, index: int, drill: bool = False) -> Scene:
+def scene(split: str, index: int, drill: bool = False, style: Style = FLAT) -> Scene:
     """The ``index``-th scene of ``split`` ("train" or "test").
 
     A ``drill`` is for training only: one tile, and a letter or digit on every object, so that reading is learnt on cheap
     pictures.
     """
     rng = random.Random(f"{split}/{index}/{'drill' if drill else 'scene'}")
+    behind = photographs.NAMES[split] if style.photographs else ()
     while True:
-        drawn = _attempt(rng, LAYOUTS[:1], marked=1.0) if drill else _attempt(rng, LAYOUTS, marked=0.5)
+        drawn = _attempt(rng, style, LAYOUTS[:1] if drill else LAYOUTS, 1.0 if drill else 0.5, behind)
         if drawn is None:
             continue
-        novel = any(held_out(o.shape, o.color, o.glyph) for o in drawn.objects)
+        novel = any(held_out(o.shape, o.color, o.glyph, style) for o in drawn.objects)
         if novel == (split == "test") and all(question(drawn, kind, random.Random(0)) for kind in KINDS):
             return drawn
 
 
-def _attempt(rng: random.Random, layouts: Sequence[tuple[int, int]], marked: float) -> Scene | None:
+def _attempt(
+    rng: random.Random, style: Style, layouts: Sequence[tuple[int, int]], marked: float, behind: Sequence[str]
+) -> Scene | None:
     columns, rows = rng.choice(layouts)
     width = round(columns * TILE * rng.uniform(0.86, 1.0))
     height = round(rows * TILE * rng.uniform(0.86, 1.0))
-    count = rng.randint(2, MAX_OBJECTS[columns * rows])
+    count = rng.randint(style.fewest, style.most[columns * rows])
     names: set[tuple[str, str]] = set()
-    glyphs = rng.sample(GLYPHS, count)
+    glyphs = [rng.sample(alphabet, count) for alphabet in style.marks]
     placed: list[Object] = []
     for i in range(count):
         for _ in range(40):
-            size = rng.uniform(28, 46)
+            size = rng.uniform(*style.sizes)
             margin = size / 2 + 2
             x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
             if all(abs(x - o.x) >= MIN_GAP and max(abs(x - o.x), abs(y - o.y)) > (size + o.size) / 2 + 2 for o in placed):
@@ -112,26 +152,38 @@ def _attempt(rng: random.Random, layouts: Sequence[tuple[int, int]], marked: flo
         if (shape, color) in names:
             return None
         names.add((shape, color))
-        placed.append(Object(shape, color, glyphs[i] if rng.random() < marked else "", x, y, size))
-    grey = rng.randint(222, 250)
-    background = tuple(max(0, min(255, grey + rng.randint(-8, 8))) for _ in range(3))
+        glyph = (glyphs[0] if len(glyphs) == 1 else rng.choice(glyphs))[i]
+        placed.append(Object(shape, color, glyph if rng.random() < marked else "", x, y, size))
+    background = photographs.crop(rng, behind) if behind else _paper(rng)
     placed.sort(key=lambda o: o.x)
     tints = tuple(tuple(max(0, min(255, c + rng.randint(-12, 12))) for c in COLORS[o.color]) for o in placed)
     return Scene(width, height, background, tuple(placed), tints)  # type: ignore[arg-type]
 
 
+def _paper(rng: random.Random) -> tuple[int, int, int]:
+    grey = rng.randint(222, 250)
+    return tuple(max(0, min(255, grey + rng.randint(-8, 8))) for _ in range(3))  # type: ignore[return-value]
+
+
 def draw(picture: Scene) -> Image.Image:
     """The scene as an RGB image."""
-    image = Image.new("RGB", (picture.width, picture.height), picture.background)
+    size, rim = (picture.width, picture.height), 0.0
+    if isinstance(picture.background, Crop):
+        image, rim = picture.background.image(size), 2.5
+    else:
+        image = Image.new("RGB", size, picture.background)
     canvas = ImageDraw.Draw(image)
     for item, tint in zip(picture.objects, picture.tints, strict=True):
+        dark = sum(tint) < 330 or item.color in ("blue", "purple", "red", "green")
+        ink = (255, 255, 255) if dark else (0, 0, 0)
+        if rim:
+            # Without a rim, a red object on a red flower has no shape.
+            _draw_shape(canvas, replace(item, size=item.size + rim), ink)
         _draw_shape(canvas, item, tint)
         if item.glyph:
-            dark = sum(tint) < 330 or item.color in ("blue", "purple", "red", "green")
             font = ImageFont.load_default(size=round(item.size * 0.5))
             # A triangle and a star are wider below and in the middle: their letter sits where there is room.
             drop = 0.14 * item.size if item.shape == "triangle" else 0
-            ink = (255, 255, 255) if dark else (0, 0, 0)
             canvas.text(
                 (item.x, item.y + drop), item.glyph, fill=ink, font=font, anchor="mm", stroke_width=0.6, stroke_fill=ink
             )

@@ -1,5 +1,6 @@
-"""Train the demo model from scratch: ``python -m demo.train --work build/demo-train --output demo/model``.
+"""Train a demo model: ``python -m demo.train --work build/demo-train --output demo/model``.
 
+``--style photo-scenes --start demo/model`` trains the second one, with patches of half the size, from the first one's weights.
 Three stages, one schedule (measured on two CPU cores, see the README's table for what they reach):
 
 1. *tower*: the vision tower alone learns to label each patch with what the drawing knows of it: the object's shape, colour
@@ -10,7 +11,7 @@ Three stages, one schedule (measured on two CPU cores, see the README's table fo
    encoded once for some ten texts. The tower sees real tiles only, which is fast and not yet what inference computes.
 3. *exact*: the same with the tower as it is at inference, padding tiles included.
 
-Training pictures are easy-VQA's train split and ``scenes.scene("train", i)``; test pictures and questions never enter.
+Training pictures are easy-VQA's train split and the train split of the style's scenes; test pictures and questions never enter.
 The cross-attention rows follow Meta's semantics (rows before the image get nothing from cross-attention layers). The run is
 seeded, writes a checkpoint every few minutes and continues from it when started again.
 """
@@ -38,28 +39,19 @@ from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
 from demo import easy_vqa, scenes
-from demo.architecture import PATCH, build_model, build_processor
+from demo.architecture import build_model, build_processor, start_from
+from demo.scenes import FLAT, PHOTO, STYLES, Object, Style
 
 IGNORE = -100
-PATCHES_PER_SIDE = scenes.TILE // PATCH
-PATCHES = PATCHES_PER_SIDE**2
-# Labels of a patch: name, number of classes.
-PATCH_LABELS = {
-    "shape": len(scenes.SHAPES) + 1,
-    "color": len(scenes.COLORS) + 1,
-    "glyph": len(scenes.GLYPHS) + 1,
-    "rank_x": 7,
-    "rank_y": 7,
-}
 # Reading is learnt last: long after colours and shapes it still stands at "nothing is written".
-LABEL_WEIGHT = {"glyph": 3.0}
+LABEL_WEIGHT = {"glyph": 3.0, "second": 3.0}
 # Pictures a micro-batch, by tile count: about as many visual tokens in each.
-BATCH = {1: 20, 2: 14, 3: 10, 4: 8}
+BATCH = {FLAT: {1: 20, 2: 14, 3: 10, 4: 8}, PHOTO: {1: 12, 2: 7, 3: 5, 4: 4}}
 
 
 @dataclass(slots=True)
 class Picture:
-    """``tiles``: uint8 (T, 3, 112, 112); ``texts``: (question, answer) pairs; ``labels``: int64 (T × 64, 5), or None."""
+    """``tiles``: uint8 (T, 3, 112, 112); ``texts``: (question, answer) pairs; ``labels``: int64 (T × patches, labels), or None."""
 
     tiles: Tensor
     ratio: int
@@ -73,6 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and the log")
     parser.add_argument("--output", type=Path, required=True, help="folder the finished model is written to")
+    parser.add_argument("--style", choices=tuple(STYLES), default=FLAT.name, help="scenes to learn (default: %(default)s)")
+    parser.add_argument("--start", type=Path, help="folder of a demo model to start from; default: from scratch")
     parser.add_argument("--scenes", type=int, default=30_000, help="training scenes")
     parser.add_argument("--drills", type=int, default=12_000, help="training scenes of one tile, full of letters")
     parser.add_argument("--tower-steps", type=int, default=4_900)
@@ -83,16 +77,20 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
-    processor = build_processor(easy_vqa_texts())
-    trainer = Trainer(processor, options.seed, options.device)
+    style = STYLES[options.style]
+    processor = build_processor(easy_vqa_texts(), style)
+    trainer = Trainer(processor, options.seed, options.device, style)
+    if options.start:
+        words = MllamaProcessor.from_pretrained(options.start)
+        start_from(trainer.model, processor, MllamaForConditionalGeneration.from_pretrained(options.start), words)
     steps = {"tower": options.tower_steps, "language": options.language_steps, "exact": options.exact_steps}
     checkpoint = options.work / "checkpoint.pt"
 
     began = time.time()
-    train = [scene_picture(processor, "train", i, seed=options.seed) for i in range(options.scenes)]
-    drills = [scene_picture(processor, "train", i, seed=options.seed, drill=True) for i in range(options.drills)]
+    train = [scene_picture(processor, "train", i, options.seed, style) for i in range(options.scenes)]
+    drills = [scene_picture(processor, "train", i, options.seed, style, drill=True) for i in range(options.drills)]
     # Never trained on, drawn by the training scenes' rules.
-    validation = [scene_picture(processor, "train", 10_000_000 + i, seed=1) for i in range(200)]
+    validation = [scene_picture(processor, "train", 10_000_000 + i, 1, style) for i in range(200)]
     easy = easy_pictures(processor, "train")
     print(
         f"{len(train)} scenes, {len(drills)} drills and {len(easy)} easy-VQA images in {time.time() - began:.0f} s", flush=True
@@ -108,7 +106,7 @@ def main() -> None:
         done = state["step"]
         print(f"continuing at step {done}", flush=True)
 
-    sampler = Sampler(train, drills, easy, options.seed)
+    sampler = Sampler(train, drills, easy, options.seed, BATCH[style])
     sums: dict[str, list[float]] = defaultdict(list)
     clock = time.time()
     for step in range(done, len(schedule)):
@@ -174,38 +172,55 @@ def to_tiles(processor: MllamaProcessor, image: Image.Image, **how: object) -> t
     return out["pixel_values"][0, 0, : out["num_tiles"][0][0]].round().to(torch.uint8), int(out["aspect_ratio_ids"][0, 0])
 
 
-def scene_picture(processor: MllamaProcessor, split: str, index: int, seed: int, drill: bool = False) -> Picture:
-    scene = scenes.scene(split, index, drill)
+def scene_picture(
+    processor: MllamaProcessor, split: str, index: int, seed: int, style: Style = FLAT, drill: bool = False
+) -> Picture:
+    scene = scenes.scene(split, index, drill, style)
     tiles, ratio = to_tiles(processor, scenes.draw(scene))
     owner, _ = to_tiles(processor, scenes.owners(scene).convert("RGB"), resample=Image.Resampling.NEAREST)
-    labels, centres = patch_labels(scene, owner[:, 0])
+    labels, centres = patch_labels(scene, owner[:, 0], style)
     rng = random.Random(f"{seed}/{index}")
     texts = [scenes.question(scene, kind, rng) for kind in scenes.KINDS for _ in range(1 if kind == "caption" else 2)]
     return Picture(tiles, ratio, list(dict.fromkeys(t for t in texts if t)), labels, centres, len(scene.objects))
 
 
-def patch_labels(scene: scenes.Scene, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels (T × 64, 5) and centres (T × 64, 2) of each patch; ``owner`` is (T, 112, 112).
+def label_classes(style: Style) -> dict[str, int]:
+    """Labels of a patch: name, number of classes; 0 is the background's, and that of an object without a mark."""
+    first, second = characters(style)
+    most = max(style.most.values())
+    labels = {"shape": len(scenes.SHAPES) + 1, "color": len(scenes.COLORS) + 1, "glyph": len(first) + 1}
+    labels |= {"second": len(second) + 1} if second else {}
+    return labels | {"rank_x": most + 1, "rank_y": most + 1}
+
+
+def characters(style: Style) -> tuple[list[str], list[str]]:
+    """The first and the second characters of a style's marks."""
+    marks = [mark for alphabet in style.marks for mark in alphabet]
+    return list(dict.fromkeys(mark[0] for mark in marks)), sorted({mark[1] for mark in marks if len(mark) > 1})
+
+
+def labels_of(item: Object, rank_x: int, rank_y: int, style: Style) -> list[int]:
+    """The classes of an object's patches, in the order of ``label_classes``."""
+    first, second = characters(style)
+    labels = [1 + scenes.SHAPES.index(item.shape), 1 + list(scenes.COLORS).index(item.color)]
+    labels.append(1 + first.index(item.glyph[0]) if item.glyph else 0)
+    if second:
+        labels.append(1 + second.index(item.glyph[1]) if len(item.glyph) > 1 else 0)
+    return [*labels, 1 + rank_x, 1 + rank_y]
+
+
+def patch_labels(scene: scenes.Scene, owner: Tensor, style: Style) -> tuple[Tensor, Tensor]:
+    """Labels (T × patches, labels) and centres (T × patches, 2) of each patch; ``owner`` is (T, 112, 112).
 
     Patches that an object barely touches are ignored."""
-    side = PATCHES_PER_SIDE
-    cut = owner.reshape(-1, side, PATCH, side, PATCH).permute(0, 1, 3, 2, 4).reshape(-1, PATCH * PATCH)
+    patch = style.patch
+    side = scenes.TILE // patch
+    cut = owner.reshape(-1, side, patch, side, patch).permute(0, 1, 3, 2, 4).reshape(-1, patch * patch)
     covered = torch.stack([(cut == i).sum(-1) for i in range(len(scene.objects) + 1)], dim=-1)
     best = covered[:, 1:].argmax(-1)
-    share = covered[:, 1:].amax(-1) / PATCH**2
+    share = covered[:, 1:].amax(-1) / patch**2
     ranks = {o: r for r, o in enumerate(sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].y))}
-    table = torch.tensor(
-        [
-            [
-                1 + scenes.SHAPES.index(o.shape),
-                1 + list(scenes.COLORS).index(o.color),
-                1 + scenes.GLYPHS.index(o.glyph) if o.glyph else 0,
-                1 + i,
-                1 + ranks[i],
-            ]
-            for i, o in enumerate(scene.objects)
-        ]
-    )
+    table = torch.tensor([labels_of(o, i, ranks[i], style) for i, o in enumerate(scene.objects)])
     labels = table[best]
     labels[share < 0.25] = IGNORE
     labels[share == 0] = 0
@@ -224,23 +239,28 @@ def easy_pictures(processor: MllamaProcessor, split: str) -> list[Picture]:
 class Sampler:
     """Micro-batches of pictures with one tile count each, decided by the seed and the step alone."""
 
-    def __init__(self, train: list[Picture], drills: list[Picture], easy: list[Picture], seed: int) -> None:
-        self.drills, self.easy, self.seed = drills, easy, seed
+    def __init__(
+        self, train: list[Picture], drills: list[Picture], easy: list[Picture], seed: int, batch: dict[int, int]
+    ) -> None:
+        self.drills, self.easy, self.seed, self.batch = drills, easy, seed, batch
+        fewest = min(picture.objects for picture in train)
         self.groups: dict[tuple[int, bool], list[Picture]] = defaultdict(list)
         for picture in train:
             self.groups[len(picture.tiles), False].append(picture)
-            if picture.objects <= 3:
+            if picture.objects <= fewest + 1:
                 self.groups[len(picture.tiles), True].append(picture)
 
     def micro_batches(self, step: int, stage: str, language_step: int) -> Iterator[list[Picture]]:
         rng = random.Random(f"{self.seed}/{step}")
         few = stage == "language" and language_step < 500 and rng.random() < 0.7
         tiles = rng.choice((2, 3, 4))
-        yield thinned(rng.sample(self.groups[tiles, few], BATCH[tiles]), rng)
+        yield thinned(rng.sample(self.groups[tiles, few], self.batch[tiles]), rng)
         if stage == "tower":
-            yield rng.sample(self.drills, 2 * BATCH[1])
+            yield rng.sample(self.drills, 2 * self.batch[1])
         else:
-            mix = ((self.groups[1, few], 6), (self.drills, 5), (self.easy, 9))
+            # Three tenths scenes, a quarter drills, the rest easy-VQA.
+            single, drills = round(0.3 * self.batch[1]), self.batch[1] // 4
+            mix = ((self.groups[1, few], single), (self.drills, drills), (self.easy, self.batch[1] - single - drills))
             yield thinned([picture for pictures, count in mix for picture in rng.sample(pictures, count)], rng)
 
 
@@ -255,13 +275,14 @@ def thinned(pictures: list[Picture], rng: random.Random, most: int = 6) -> list[
 class Trainer(nn.Module):
     """The model with the patch-label heads that only training needs."""
 
-    def __init__(self, processor: MllamaProcessor, seed: int, device: str) -> None:
+    def __init__(self, processor: MllamaProcessor, seed: int, device: str, style: Style = FLAT) -> None:
         super().__init__()
         self.processor = processor
-        self.model = build_model(processor, seed).to(device)
+        self.labels = label_classes(style)
+        self.model = build_model(processor, seed, style.patch).to(device)
         self.model.config.vision_config._attn_implementation = "sdpa"
         width = self.model.config.text_config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in PATCH_LABELS.items()}).to(device)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in self.labels.items()}).to(device)
         self.centre_head = nn.Linear(width, 2).to(device)
         images = processor.image_processor
         self.register_buffer("mean", torch.tensor(images.image_mean, device=device).view(3, 1, 1))
@@ -289,7 +310,7 @@ class Trainer(nn.Module):
         return loss, parts
 
     def encode(self, pictures: list[Picture], exact: bool) -> Tensor:
-        """Projected features (B, T × 65, width) of pictures that all have T tiles."""
+        """Projected features (B, T × visual tokens, width) of pictures that all have T tiles."""
         core = self.model.model
         tiles = torch.stack([p.tiles for p in pictures]).to(self.mean.device)
         count = tiles.shape[1]
@@ -305,13 +326,14 @@ class Trainer(nn.Module):
 
     def patch_loss(self, pictures: list[Picture], features: Tensor) -> tuple[Tensor, dict[str, float]]:
         with_labels = [i for i, p in enumerate(pictures) if p.labels is not None]
-        patches = features[with_labels].unflatten(1, (-1, PATCHES + 1))[:, :, 1:].flatten(0, 2)
+        tokens = self.model.model.vision_model.num_patches
+        patches = features[with_labels].unflatten(1, (-1, tokens))[:, :, 1:].flatten(0, 2)
         labels = torch.cat([pictures[i].labels for i in with_labels]).to(features.device)
         centres = torch.cat([pictures[i].centres for i in with_labels]).to(features.device)
         known = ~centres.isnan().any(-1)
         loss = 10 * F.smooth_l1_loss(self.centre_head(patches[known]), centres[known], beta=0.05)
         parts: dict[str, float] = {"centre": float(loss.detach())}
-        for column, name in enumerate(PATCH_LABELS):
+        for column, name in enumerate(self.labels):
             logits, wanted = self.heads[name](patches), labels[:, column]
             # Most patches are background: the objects' own count four times.
             each = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
@@ -381,7 +403,7 @@ class Trainer(nn.Module):
 
 def encode_real_tiles(vision: nn.Module, pixels: Tensor, ratios: Tensor) -> Tensor:
     """The tower on (B, T, 3, H, W) without padding tiles: an approximation, since real tiles do attend to them."""
-    batch, count = pixels.shape[:2]
+    batch, count, tokens = *pixels.shape[:2], vision.num_patches
     tables = vision.gated_positional_embedding
     hidden = vision.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (batch, count))
 
@@ -392,10 +414,10 @@ def encode_real_tiles(vision: nn.Module, pixels: Tensor, ratios: Tensor) -> Tens
     hidden = torch.cat([vision.class_embedding.expand(batch, count, 1, -1), hidden], dim=2)
     gate = tables.gate.tanh()
     hidden = hidden + (1 - gate) * tables.embedding
-    hidden = hidden + gate * tables.tile_embedding(ratios[:, 0]).view(batch, 4, PATCHES + 1, -1)[:, :count]
+    hidden = hidden + gate * tables.tile_embedding(ratios[:, 0]).view(batch, 4, tokens, -1)[:, :count]
     hidden = vision.layernorm_pre(hidden)
-    rows = -(-(PATCHES + 1) // 8) * 8
-    hidden = F.pad(hidden, (0, 0, 0, rows - PATCHES - 1)).flatten(1, 2)
+    rows = -(-tokens // 8) * 8
+    hidden = F.pad(hidden, (0, 0, 0, rows - tokens)).flatten(1, 2)
     kept = []
     for layer in vision.transformer.layers:
         hidden = layer(hidden)
@@ -405,7 +427,7 @@ def encode_real_tiles(vision: nn.Module, pixels: Tensor, ratios: Tensor) -> Tens
     for layer in vision.global_transformer.layers:
         hidden = layer(hidden)
     middle = torch.stack([kept[i] for i in vision.intermediate_layers_indices], dim=-1).flatten(2)
-    return torch.cat([hidden, middle], dim=-1).unflatten(1, (count, rows))[:, :, : PATCHES + 1]
+    return torch.cat([hidden, middle], dim=-1).unflatten(1, (count, rows))[:, :, :tokens]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trimming import KeepAll, Policy, SnapKV, ThinK, TrimmedLlama
+from trimming import Clusters, ElasticCache, KeepAll, Policy, SnapKV, ThinK, TrimmedLlama
 from trimming.engine import Engine, Image, Request
 from trimming.engine.decode import Decode
 from trimming.engine.layers import computing_on
@@ -91,7 +91,7 @@ class Recorded(GraphDecode):
         self.recorded.append(len(recorder.calls))
         return recorder.replay
 
-    def plain_attend(self, query: Tensor, arena: Tensor, *given: Any) -> Tensor:
+    def plain_attend(self, query: Tensor, arena: Tensor, *given: Any, **added: Any) -> Tensor:
         """One kernel to a graph, which reads places and lengths on the device."""
         names = (
             "key_offset",
@@ -105,7 +105,8 @@ class Recorded(GraphDecode):
         )
 
         def attend() -> Tensor:
-            return reference({"query": query, "arena": arena, **dict(zip(names, given, strict=False))}).to(query.dtype)
+            arguments = {"query": query, "arena": arena, **added, **dict(zip(names, given, strict=False))}
+            return reference(arguments).to(query.dtype)
 
         if self.recorder is None:
             return attend()
@@ -120,6 +121,7 @@ def make_recorded(policy: Policy, capture: bool = True, **options: Any) -> tuple
     decode = Recorded(engine.model, engine.memory, engine.decode.rotary, engine.max_sequences.most, capture=capture)
     if policy.slices:
         decode.slice_keys(policy.key_width(engine.geometry.head_dim))
+    decode.weigh(policy.weighs)
     engine.decode = decode
     return engine, decode
 
@@ -144,7 +146,16 @@ def run(engine: Engine, groups: Sequence[Sequence[Request]]) -> dict[str, list[T
 
 @pytest.mark.parametrize(
     "policy",
-    [KeepAll(), TrimmedLlama(0.2), SnapKV(0.3), ThinK(0.5), ThinK(0.4, TrimmedLlama(0.3))],
+    [
+        KeepAll(),
+        TrimmedLlama(0.2),
+        SnapKV(0.3),
+        ThinK(0.5),
+        ThinK(0.4, TrimmedLlama(0.3)),
+        Clusters(0.3),
+        ThinK(0.5, Clusters(0.4, policy=SnapKV(0.5))),
+        ElasticCache(0.3, weighted=True),
+    ],
     ids=repr,
 )
 def test_a_replayed_step_is_the_step(policy: Policy) -> None:

@@ -293,7 +293,7 @@ def test_segments_say_where_their_layers_lie() -> None:
     assert segment is not None
     first, second = segment.layers
     strides = [3 * 4, 5 * 8, 3 * 8, 5 * 8]
-    assert segment.places.tolist() == [first.key, second.key, first.value, second.value, *strides, 3, 5]
+    assert segment.places.tolist() == [first.key, second.key, first.value, second.value, *strides, 3, 5, 0, 0]
     none = Memory(Geometry(1, 0, 4, 2, 8), 1 << 14, torch.float32, torch.device("cpu"))
     # torch warns of some things only once, and another test may have been the first.
     torch.set_warn_always(True)
@@ -303,6 +303,34 @@ def test_segments_say_where_their_layers_lie() -> None:
         torch.set_warn_always(False)
     assert segment is not None
     assert segment.places.tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "biases"), [((3, 3), 1), ((3, 5), 2), ((100, 100), 1)])
+def test_segments_may_have_something_to_add_to_logits(rows: tuple[int, int], biases: int, dtype: torch.dtype) -> None:
+    """In float32, whatever keys are in, for each head of keys; one for all layers, or one each."""
+    geometry = Geometry(self_layers=1, cross_layers=2, heads=4, kv_heads=2, head_dim=8)
+    memory = Memory(geometry, 1 << 17, dtype, torch.device("cpu"))
+    wholes = [memory.allocate(rows, biases=biases) for _ in range(2)]
+    for number, segment in enumerate(wholes):
+        assert segment is not None
+        assert [tuple(bias.shape) for bias in segment.biases if bias is not None] == [(2, n) for n in rows]
+        assert len(segment.distinct_biases) == biases
+        assert segment.size == memory.segment_elements_for(rows, [8, 8], [8, 8], biases)
+        for layer, bias in enumerate(segment.biases):
+            assert bias is not None
+            bias.fill_(1000.1 * (number + 1) + (layer if biases > 1 else 0))
+            for held in memory.segment_layer(segment, layer):
+                held.fill_(number)
+    for number, segment in enumerate(wholes):
+        assert segment is not None
+        for layer, bias in enumerate(segment.biases):
+            wanted = torch.full((2, rows[layer]), 1000.1 * (number + 1) + (layer if biases > 1 else 0))
+            assert bias is not None
+            assert bias.equal(wanted)
+            begin = segment.places.view(6, 2)[5, layer]
+            assert memory.biases[begin : begin + 2 * rows[layer]].equal(wanted.flatten())
+            assert all(held.eq(number).all() for held in memory.segment_layer(segment, layer))
 
 
 def test_sharing_is_by_what_was_said_and_ends_with_the_last_user() -> None:

@@ -41,6 +41,8 @@ class Case:
     shared: bool = False
     """All sequences begin at the first one's rows."""
     half: bool = False
+    biased: bool = False
+    """Logits have something added, for each head its own."""
 
 
 CASES = {
@@ -59,6 +61,9 @@ CASES = {
     "half precision": Case(widths=(64, 128), half=True),
     "half precision, crooked keys": Case(widths=(77, 64), spare=1, half=True),
     "all padding": Case(lengths=(0, 0)),
+    "biased": Case(biased=True),
+    "biased, more splits than blocks, half precision": Case(splits=7, half=True, biased=True),
+    "biased, shared segments": Case(lengths=(130, 130, 70, 0), shared=True, biased=True),
 }
 
 
@@ -83,6 +88,14 @@ def lay_out(case: Case, device: str) -> dict[str, Any]:
     # Padding entries come with whatever was there before.
     padding = torch.tensor(case.lengths) == 0
     starts, strides = (t.masked_fill(padding[:, None], -(2**40) + 1).to(device) for t in (starts, strides))
+    bias = {}
+    if case.biased:
+        room = max(case.lengths) * case.kv_heads
+        begins = torch.arange(len(rows)) * room
+        bias = {
+            "biases": (3 * torch.randn(len(rows) * room, generator=generator)).to(device),
+            "bias_offset": begins.masked_fill(padding, -(2**40) + 1).to(device),
+        }
     query = torch.randn(len(rows), case.heads + 3, case.widths[0] + 8, generator=generator).to(device, dtype)
     return {
         # A slice of a wider tensor, such as a fused projection's output, has strides of its own.
@@ -97,6 +110,7 @@ def lay_out(case: Case, device: str) -> dict[str, Any]:
         "value_width": case.widths[1],
         "scaling": case.widths[0] ** -0.5,
         "splits": case.splits,
+        **bias,
     }
 
 
@@ -117,6 +131,9 @@ def reference(arguments: dict[str, Any]) -> Tensor:
                 )
             )
             logits = key.cpu().double() @ query[sequence, head].cpu().double() * arguments["scaling"]
+            if arguments.get("biases") is not None:
+                first = int(arguments["bias_offset"][sequence]) + head // (heads // kv_heads) * length
+                logits += arguments["biases"][first : first + length].cpu().double()
             out[sequence, head] = logits.softmax(0) @ value.cpu().double()
     return out
 
@@ -232,10 +249,13 @@ def test_beyond_2_31_elements_on_cuda() -> None:
 # ---- without running a kernel ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "widths"), [("bf16", (128, 128)), ("bf16", (80, 128)), ("bf16", (77, 128)), ("fp32", (64, 64))]
 )
-def test_compiles_for_hopper(dtype: str, widths: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_for_hopper(
+    dtype: str, widths: tuple[int, int], biased: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 turns the compiler off")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -249,7 +269,7 @@ def test_compiles_for_hopper(dtype: str, widths: tuple[int, int], tmp_path: Path
     attend = compiled(
         module._attend_to_share,
         dtype,
-        {"GROUP": 4, "ROWS": 16, "ALIGN": module.ALIGNMENT, **key, **value},
+        {"GROUP": 4, "ROWS": 16, "ALIGN": module.ALIGNMENT, "BIASED": biased, **key, **value},
         num_stages=module._STAGES[2 if dtype == "bf16" else 4],
     )
     compiled(module._combine_shares, dtype, {"SPLITS_PAD": 64, **value})
@@ -257,7 +277,8 @@ def test_compiles_for_hopper(dtype: str, widths: tuple[int, int], tmp_path: Path
         # Two programs at least fit on an A100's multiprocessor; loads are of 16 bytes wherever the width lets them be.
         assert attend.metadata.shared <= 80 * 1024
         copies = set(re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x\w+)", attend.asm["ptx"]))
-        assert copies == {"0x10"}
+        # Biases begin anywhere: four bytes a row, beside some hundred of keys and values.
+        assert copies - ({"0x4"} if biased else set()) == {"0x10"}
         assert ("ld.global.b16" in attend.asm["ptx"]) == (widths[0] % 8 != 0)
 
 
@@ -269,7 +290,8 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, int], **options: int)
     pointers = {"query": dtype, "arena": dtype, "out": dtype, "output": "fp32", "maximum": "fp32", "total": "fp32"}
     pointers |= {
         "length": "i32",
-        **dict.fromkeys(("key_offset", "value_offset", "key_head_stride", "value_head_stride"), "i64"),
+        **dict.fromkeys(("key_offset", "value_offset", "key_head_stride", "value_head_stride", "bias_offset"), "i64"),
+        "biases": "fp32",
     }
     plain = {"query_stride": "i32", "query_head_stride": "i32", "out_stride": "i32", "out_head_stride": "i32", "splits": "i32"}
     types = {**{name: f"*{kind}" for name, kind in pointers.items()}, **plain, "scaling": "fp32"}
@@ -304,6 +326,7 @@ def test_pick_splits() -> None:
         ({"value_width": 65}, "partial is too small"),
         ({"arena": torch.zeros(8, dtype=torch.float16)}, "give them one, bf16 say"),
         ({"query": torch.zeros(6, 64, 4).mT}, "dense along their last axis"),
+        ({"biases": torch.zeros(6)}, "belong together"),
         ({"out": torch.zeros(6, 4, 32)}, r"out has shape \(6, 4, 32\): give it \(6, 4, 64\)"),
     ],
 )

@@ -15,6 +15,7 @@ from tiny import BATCHES, Prompt, Row, complete, inputs_of, lively_model, make_e
 from torch import Tensor
 
 from trimming import (
+    Clusters,
     DivPrune,
     ElasticCache,
     FastV,
@@ -46,6 +47,18 @@ FAMILY: list[Policy] = [
     ThinK(0.3, TrimmedLlama(0.2)),
     ThinK(0.5, ElasticCache(0.3)),
     ThinK(0.5, SnapKV(0.3)),
+    VisionZip(0.4, weighted=True),
+    ElasticCache(0.4, weighted=True),
+    Clusters(0.3),
+    Clusters(likeness=0.3),
+    Clusters(0.4, policy=VisionZip(0.5)),
+    Clusters(0.4, policy=TrimmedLlama(0.2)),
+    Clusters(0.4, policy=Spread(0.5)),
+    Clusters(0.4, policy=ElasticCache(0.5)),
+    Clusters(0.4, policy=SnapKV(0.5)),
+    ThinK(0.5, Clusters(0.3)),
+    ThinK(0.5, Clusters(0.4, policy=SnapKV(0.5))),
+    ThinK(0.5, ElasticCache(0.3, weighted=True)),
 ]
 NEW_TOKENS = 8
 
@@ -63,6 +76,10 @@ def test_the_engine_does_what_trim_does(batch: str, rows: Rows, policy: Policy) 
         torch.testing.assert_close(torch.stack(logits[str(i)]), alone.logits, atol=1e-4, rtol=1e-4)
         assert completion.tokens == alone.tokens
         assert completion.trim.kept.tolist() == alone.trim.kept.tolist()
+        into, wanted = (trim.merged_into for trim in (completion.trim, alone.trim))
+        assert (into is None) == (wanted is None)
+        # ``trim`` has an image for every one that some row of the batch has.
+        assert into is None or wanted is None or into.tolist() == wanted[: len(into)].tolist()
         for field in ("visual_tokens", "kept_visual_tokens", "cross_kv_bytes_full", "cross_kv_bytes", "self_kv_bytes"):
             assert getattr(completion.trim, field) == getattr(alone.trim, field), field
 
@@ -72,6 +89,11 @@ def test_the_engine_does_what_trim_does(batch: str, rows: Rows, policy: Policy) 
 WHOLE: list[Policy] = [
     *(kind(1.0) for kind in (FastV, ZipVL, SnapKV, ElasticCache, DivPrune, VisionZip, WeightedFarthest, Spread, ThinK)),
     ThinK(1.0, SnapKV(1.0)),
+    Clusters(1.0),
+    Clusters(likeness=1.0),
+    Clusters(1.0, policy=SnapKV(1.0)),
+    VisionZip(1.0, weighted=True),
+    ElasticCache(1.0, weighted=True),
 ]
 
 
@@ -91,7 +113,8 @@ def test_everything_kept_is_the_model_as_it_is(rows: Rows, policy: Policy) -> No
             torch.testing.assert_close(mine, whole, atol=1e-4, rtol=1e-4)
             assert one.tokens == all_of_it.tokens
             assert one.trim.kept.tolist() == all_of_it.trim.kept.tolist()
-            assert one.trim.cross_kv_bytes == all_of_it.trim.cross_kv_bytes
+            biases = 0 if not policy.weighs else 3 if policy.where == "each_layer" else 1
+            assert one.trim.cross_kv_bytes == all_of_it.trim.cross_kv_bytes + biases * 2 * 4 * one.trim.visual_tokens
             assert one.trim.keep_fraction in (1.0, None)
     for prompt in make_prompts([Row((3,)), Row((1, 2))]):
         mine, whole = (run_alone(lively_model(), prompt, "0", each, rows, NEW_TOKENS) for each in (policy, KeepAll()))
@@ -112,7 +135,17 @@ def same(found: list[Completion], wanted: list[Completion]) -> None:
 
 @pytest.mark.parametrize("cuts", [(1,), (2, 4), (6,)], ids=str)
 @pytest.mark.parametrize(
-    "policy", [SnapKV(0.4), ElasticCache(0.4), VisionZip(0.4), ThinK(0.5), ThinK(0.5, ElasticCache(0.3))], ids=repr
+    "policy",
+    [
+        SnapKV(0.4),
+        ElasticCache(0.4, weighted=True),
+        VisionZip(0.4),
+        ThinK(0.5),
+        ThinK(0.5, ElasticCache(0.3)),
+        Clusters(0.3),
+        Clusters(0.4, policy=SnapKV(0.5)),
+    ],
+    ids=repr,
 )
 def test_several_devices_say_what_one_says(policy: Policy, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     use_pretended(monkeypatch)
@@ -136,7 +169,9 @@ def count_no_room(engine: Engine) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "policy", [ZipVL(0.7), SnapKV(0.4), ThinK(0.5), ThinK(0.5, SnapKV(0.4)), ThinK(0.5, ZipVL(0.7))], ids=repr
+    "policy",
+    [ZipVL(0.7), SnapKV(0.4), ThinK(0.5), ThinK(0.5, SnapKV(0.4)), ThinK(0.5, ZipVL(0.7)), Clusters(0.5)],
+    ids=repr,
 )
 def test_little_memory_gives_the_same_tokens(policy: Policy) -> None:
     """Sequences wait, and prefills that found no room are begun anew, in smaller batches. ``complete`` sees it left empty."""
@@ -191,7 +226,14 @@ def test_questions_about_one_image_share_its_encoding(policy: Policy) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "shared"),
-    [(DivPrune(0.4), True), (VisionZip(0.4), True), (FastV(1.0), True), (ElasticCache(0.4), False), (ThinK(0.5), False)],
+    [
+        (DivPrune(0.4), True),
+        (VisionZip(0.4), True),
+        (FastV(1.0), True),
+        (ElasticCache(0.4), False),
+        (ThinK(0.5), False),
+        (Clusters(0.3), True),
+    ],
     ids=str,
 )
 def test_keys_are_shared_where_the_question_does_not_decide(policy: Policy, shared: bool) -> None:
@@ -227,8 +269,12 @@ def test_bytes_are_those_of_the_segment_up_to_its_grains(policy: Policy) -> None
     completions = complete(engine, [p.request(str(i), 3) for i, p in enumerate(prompts)])
     for number, completion in enumerate(completions[:3]):
         layers, trimmed = segments[str(number)].layers, completion.trim
-        assert trimmed.cross_kv_bytes == sum(2 * e.rows * (e.key_width + e.value_width) * 4 for e in layers)
-        assert 0 <= trimmed.cross_kv_bytes_allocated - trimmed.cross_kv_bytes < 2 * len(layers) * GRAIN * 4
+        biases = {e.bias: 2 * e.rows * 4 for e in layers if e.bias is not None}
+        assert len(biases) == (0 if not policy.weighs else len(layers) if policy.where == "each_layer" else 1)
+        keys = sum(2 * e.rows * (e.key_width + e.value_width) * 4 for e in layers)
+        assert trimmed.cross_kv_bytes == keys + sum(biases.values())
+        grains = (2 * len(layers) + len(biases)) * GRAIN * 4
+        assert 0 <= trimmed.cross_kv_bytes_allocated - trimmed.cross_kv_bytes < grains
         assert trimmed.cross_kv_bytes_allocated == segments[str(number)].size * 4
         assert trimmed.kept_visual_tokens == round(sum(e.rows for e in layers) / len(layers))
     assert completions[3].trim.cross_kv_bytes == completions[3].trim.cross_kv_bytes_allocated == 0

@@ -266,13 +266,15 @@ def test_merged_rows_are_means(seed: int, dtype: torch.dtype) -> None:
     kept = keep.nonzero()[:, 0].tolist()
     # Kept rows stay themselves whatever their target says.
     targets = torch.tensor([*kept, -1])[torch.randint(0, len(kept) + 1, (20,))]
-    found = merged(features, targets, keep)
+    sizes = torch.randint(1, 9, (20,)).float()
+    found, counts = merged(features, sizes, targets, keep)
     assert found.dtype == dtype
     for row, own in enumerate(features.float().tolist()):
-        joins = [other for other, into in enumerate(targets.tolist()) if into == row and not keep[other]]
-        rows = [own, *(features[other].float().tolist() for other in joins)]
-        wanted = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)] if keep[row] else own
-        torch.testing.assert_close(found[row], torch.tensor(wanted).to(dtype))
+        joins = [row, *(other for other, into in enumerate(targets.tolist()) if into == row and not keep[other])]
+        each, total = [features[join].float().tolist() for join in joins], math.fsum(sizes[join] for join in joins)
+        means = [math.fsum(v * sizes[j] for v, j in zip(c, joins, strict=True)) / total for c in zip(*each, strict=True)]
+        torch.testing.assert_close(found[row], torch.tensor(means if keep[row] else own).to(dtype))
+        assert counts[row] == (total if keep[row] else sizes[row])
 
 
 def test_merging_adds_nothing_atomically() -> None:
@@ -284,8 +286,9 @@ def test_merging_adds_nothing_atomically() -> None:
 
     targets, keep = torch.tensor([-1, 0, 0, -1, 3]), torch.tensor([True, False, False, True, False])
     with Watch(see):
-        found = merged(torch.tensor([[1.0], [2], [6], [5], [7]]), targets, keep)
+        found, sizes = merged(torch.tensor([[1.0], [2], [6], [5], [7]]), torch.ones(5), targets, keep)
     assert found.tolist() == [[3], [2], [6], [6], [7]]
+    assert sizes.tolist() == [3, 1, 1, 2, 1]
 
 
 def test_farthest_points_take_what_is_left_once_all_lies_on_the_chosen() -> None:

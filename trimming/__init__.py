@@ -9,6 +9,7 @@ Method: arXiv 2504.00557. This package knows torch and transformers; it never im
 
 from trimming.mllama import Rows, Trimmed, trim
 from trimming.policies import (
+    Clusters,
     DivPrune,
     ElasticCache,
     FastV,
@@ -28,6 +29,7 @@ from trimming.policies import (
 from trimming.samples import SampleTrim
 
 __all__ = [
+    "Clusters",
     "DivPrune",
     "ElasticCache",
     "FastV",

@@ -21,10 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import eager_attention_forward
 
 from trimming.attention import summed_attention
+from trimming.clustering import Clustering, merge_clusters
 from trimming.costs import Geometry
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
-from trimming.selection import merged, ragged_index
+from trimming.selection import merged, merged_into, ragged_index
 
 Rows = Literal["meta", "transformers"]
 
@@ -81,13 +82,16 @@ class _Kept:
     present: Tensor
     """(B, G, L) bool: False in the batch's padding."""
     ragged: bool
+    bias: Tensor | None
+    """(B, G, L) float32: what is added to their logits."""
 
     @classmethod
-    def of(cls, keep: Tensor) -> _Kept:
-        """From (B, N) or (B, KV, N) bool."""
+    def of(cls, keep: Tensor, sizes: Tensor | None = None) -> _Kept:
+        """From (B, N) or (B, KV, N) bool; ``sizes`` (B, N) float32: how many features each of them stands for."""
         heads = keep[:, None] if keep.dim() == 2 else keep
         index, present = (t.unflatten(0, heads.shape[:2]) for t in ragged_index(heads.flatten(0, 1)))
-        return cls(index, present, ragged=not bool(present.all()))
+        bias = None if sizes is None else sizes.log()[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
+        return cls(index, present, not bool(present.all()), bias)
 
     def gather(self, states: Tensor) -> Tensor:
         """(B, N, width) → (B, L, width), where all heads keep the same."""
@@ -99,7 +103,7 @@ class _Kept:
 
     def mask(self, full: Tensor | None, like: Tensor) -> Tensor | None:
         """(B, 1, Q, N) additive mask → (B, 1 or H, Q, L), padding shut out; ``like`` (B, H, Q, D) gives dtype and device."""
-        if full is None and not self.ragged:
+        if full is None and not self.ragged and self.bias is None:
             return None
         index, present = self.index.to(like.device)[:, :, None], self.present.to(like.device)[:, :, None]
         if full is None:
@@ -107,6 +111,8 @@ class _Kept:
         else:
             heads = full.expand(-1, index.shape[1], -1, -1)
             trimmed = heads.gather(-1, index.expand(-1, -1, full.shape[2], -1))
+        if self.bias is not None:
+            trimmed = trimmed + self.bias.to(trimmed)[:, :, None]
         trimmed = trimmed.masked_fill(~present, torch.finfo(trimmed.dtype).min) if self.ragged else trimmed
         return trimmed if index.shape[1] == 1 else trimmed.repeat_interleave(like.shape[1] // index.shape[1], 1)
 
@@ -128,7 +134,20 @@ class _Prefill:
     attention_mask: Tensor | None
     """(B, Q) bool of real prompt tokens, or None for all."""
     prompt_tokens: list[int]
+    real: Tensor | None = None
+    """(B, N) bool: features that some row sees."""
     valid: Tensor | None = None
+    """(B, N) bool: those of them that there are, where some were merged."""
+    firsts: Tensor | None = None
+    """(B, N) long: the place of the feature that each was merged into before anything was chosen."""
+    features: Tensor | None = None
+    """(B, N, width): what there is to choose from; anything where nothing is."""
+    sizes: Tensor | None = None
+    """(B, N) float32: how many features each stands for; None where that does not count."""
+    there: _Kept | None = None
+    """``features`` that there are, where some were merged."""
+    targets: Tensor | None = None
+    """(B, N) long: see ``Policy.merge``."""
     keep: Tensor | None = None
     """(B, N) bool: what stays in any layer."""
     kept: _Kept | None = None
@@ -282,9 +301,15 @@ class _Surgery:
         rows = self.seeing_rows(prefill, query)
         first = module.layer_idx == self.cross_layers[0].layer_idx
         if first:
-            prefill.valid = _valid_features(mask, rows, states)
+            prefill.real = prefill.valid = _valid_features(mask, rows, states)
+            prefill.features = states
+            if self.policy.weighs:
+                prefill.sizes = torch.ones(states.shape[:2], device=states.device)
+            if self.policy.clustering is not None:
+                self.cluster(prefill, self.policy.clustering)
             if self.policy.where == "features":
-                self.decide(prefill, states, None, None)
+                self.decide(prefill, None, None)
+        assert prefill.features is not None
         if self.policy.where != "each_layer" and not (first and self.policy.where == "first_layer"):
             assert prefill.kept is not None
             assert prefill.states is not None
@@ -292,14 +317,17 @@ class _Surgery:
             self.store(module, cache, prefill.kept, (query, rows, mask), key, value)
             return key, value, self.trimmed_mask(prefill.kept, mask, query)
 
-        key, value = self.project(module, states)
+        there, key, value = prefill.there, *self.project(module, prefill.features)
+        # What all layers see, be it merged.
+        seen_key, seen_value = (t if there is None else there.gather_heads(t) for t in (key, value))
+        seen_mask = mask if there is None else there.mask(mask, query)
         with torch.no_grad():
-            attention = summed_attention(query, key, mask, rows, module.scaling)
+            attention = self.looked_at(prefill, query, seen_key, seen_mask, rows, module.scaling)
             recent = None
             if "recent" in self.policy.looks_at:
                 last = rows & (rows.flip(-1).cumsum(-1).flip(-1) <= self.policy.recent_rows)
-                recent = summed_attention(query, key, mask, last, module.scaling)
-            self.decide(prefill, states, attention, recent)
+                recent = self.looked_at(prefill, query, seen_key, seen_mask, last, module.scaling)
+            self.decide(prefill, attention, recent)
         assert prefill.kept is not None
         if self.policy.merges:
             assert prefill.states is not None
@@ -307,11 +335,61 @@ class _Surgery:
         else:
             kept_key, kept_value = prefill.kept.gather_heads(key), prefill.kept.gather_heads(value)
         self.store(module, cache, prefill.kept, (query, rows, mask), kept_key, kept_value)
-        return key, value, mask
+        return seen_key, seen_value, seen_mask
 
-    def decide(self, prefill: _Prefill, states: Tensor, attention: Tensor | None, recent: Tensor | None) -> None:
-        valid = prefill.valid
+    def looked_at(
+        self, prefill: _Prefill, query: Tensor, key: Tensor, mask: Tensor | None, rows: Tensor, scaling: float
+    ) -> Tensor:
+        """(B, H, N) float32: attention summed over ``rows``, 0 where no feature is."""
+        summed = summed_attention(query, key, mask, rows, scaling)
+        there = prefill.there
+        if there is None:
+            return summed
+        assert prefill.valid is not None
+        index, present = there.index.to(summed.device), there.present.to(summed.device)
+        spread = summed.new_zeros(*summed.shape[:2], prefill.valid.shape[1])
+        # The batch's padding is added to the first place, as nothing.
+        return spread.scatter_add_(-1, index.expand(-1, summed.shape[1], -1), summed * present)
+
+    def cluster(self, prefill: _Prefill, clustering: Clustering) -> None:
+        """Merges each image's features, as the engine does once it has encoded them. Images whose features all stay are left
+        as they are, padding and all."""
+        real, states, sizes = prefill.real, prefill.features, prefill.sizes
+        assert real is not None
+        assert states is not None
+        assert sizes is not None
+        size = self.model.config.vision_config.max_num_tiles * self.model.model.vision_model.num_patches
+        states, sizes, looked = states.clone(), sizes.clone(), prefill.class_attention
+        firsts = torch.arange(real.shape[1], device=real.device).expand_as(real).clone()
+        there = torch.ones_like(real)
+        for row in range(len(real)):
+            for start in range(0, real.shape[1], size):
+                places = real[row, start : start + size].nonzero()[:, 0] + start
+                if not len(places):
+                    continue
+                own = states[row, places.to(states.device)][None]
+                (found,) = merge_clusters(own, clustering(own))
+                if len(found.places) == len(places):
+                    continue
+                left = places[found.places.to(places.device)]
+                states[row, left.to(states.device)] = found.features
+                sizes[row, left.to(sizes.device)] = found.sizes
+                firsts[row, places] = left[found.cluster.to(places.device)]
+                if looked is not None:
+                    own_attention, into = looked[row, places.to(looked.device)], firsts[row, places].to(looked.device)
+                    looked[row, places.to(looked.device)] = 0
+                    looked[row].index_add_(0, into, own_attention)
+                there[row, start : start + size] = False
+                there[row, left] = True
+        prefill.features, prefill.sizes, prefill.firsts = states, sizes, firsts
+        prefill.valid = real & there
+        prefill.there = None if bool(there.all()) else _Kept.of(there, sizes.to(there.device))
+
+    def decide(self, prefill: _Prefill, attention: Tensor | None, recent: Tensor | None) -> None:
+        real, valid, states, sizes = prefill.real, prefill.valid, prefill.features, prefill.sizes
+        assert real is not None
         assert valid is not None
+        assert states is not None
         tokens = self.model.model.vision_model.num_patches
         tiles = self.model.config.vision_config.max_num_tiles
 
@@ -333,14 +411,15 @@ class _Surgery:
         )
         keep = self.policy.select(context)
         if self.policy.merges:
-            targets = self.policy.merge(keep, context)
-            states = torch.stack(
-                [merged(*each) for each in zip(states, *(t.to(states.device) for t in (targets, keep)), strict=True)]
-            )
+            prefill.targets = self.policy.merge(keep, context)
+            counted = torch.ones_like(valid, dtype=torch.float32) if sizes is None else sizes
+            each = zip(states, *(t.to(states.device) for t in (counted, prefill.targets, keep)), strict=True)
+            rows, counts = zip(*(merged(*own) for own in each), strict=True)
+            states, sizes = torch.stack(rows), None if sizes is None else torch.stack(counts)
         if self.rows == "transformers":
-            everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
+            everything = (keep == (real if keep.dim() == 2 else real[:, None])).flatten(1).all(-1)
             keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
-        prefill.kept = _Kept.of(keep)
+        prefill.kept = _Kept.of(keep, None if sizes is None else sizes.to(keep.device))
         if self.policy.where != "each_layer" or self.policy.merges:
             prefill.states = prefill.kept.gather(states)
         if self.policy.where == "each_layer":
@@ -388,6 +467,9 @@ class _Surgery:
         """(KV, d) long of one sample, by the keys that decoding will see and the rows that see these: the last image's."""
         heads, asking = key.shape[1], rows[sample].to(query.device)
         present, index = (t[sample].to(key.device).expand(heads, -1) for t in (kept.present, kept.index))
+        if kept.bias is not None:
+            # A sum over keys of their squares counts what each stands for.
+            key = key * (kept.bias.to(key) / 2).exp()[..., None]
         if not asking.any():
             return torch.arange(self.policy.key_width(key.shape[-1]), device=key.device).expand(heads, -1)
         if mask is not None:
@@ -425,15 +507,34 @@ class _Surgery:
         geometry = Geometry.of(self.model.config)
         itemsize = self.cross_layers[0].cross_attn.k_norm.weight.element_size()
         none = torch.zeros(prefill.batch, 0, dtype=torch.bool)
-        valid = none if prefill.valid is None else prefill.valid.cpu()
+        real = none if prefill.real is None else prefill.real.cpu()
         keep = none if prefill.keep is None else prefill.keep.cpu()
         allocated = 0 if prefill.kept is None else prefill.kept.index.shape[-1] * geometry.cross_kv_bytes(itemsize)
         counts = [[int(count[row]) for count in prefill.counts] or None for row in range(prefill.batch)]
         width = self.policy.key_width(geometry.head_dim)
+        biases = (geometry.cross_layers if self.policy.where == "each_layer" else 1) if self.policy.weighs else 0
+        into = [None] * prefill.batch if prefill.real is None else self.merged_into(prefill)
         return [
-            SampleTrim.of(valid[row], keep[row], prompt, geometry, itemsize, allocated, counts[row], width)
+            SampleTrim.of(real[row], keep[row], prompt, geometry, itemsize, allocated, counts[row], width, biases, into[row])
             for row, prompt in enumerate(prefill.prompt_tokens)
         ]
+
+    def merged_into(self, prefill: _Prefill) -> Sequence[Tensor | None]:
+        """See ``SampleTrim.merged_into``."""
+        real, keep, firsts, targets = prefill.real, prefill.keep, prefill.firsts, prefill.targets
+        assert real is not None
+        assert keep is not None
+        found: list[Tensor | None] = []
+        for row, own in enumerate(real):
+            places = own.nonzero()[:, 0]
+            into = places if firsts is None else firsts[row, places]
+            # An image whose every feature stayed has not been merged.
+            clustered = not into.equal(places)
+            if self.policy.where == "each_layer" or not (clustered or self.policy.merges):
+                found.append(None)
+                continue
+            found.append(merged_into(own.cpu(), into.cpu(), keep[row].cpu(), None if targets is None else targets[row].cpu()))
+        return found
 
 
 def _valid_features(mask: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ class SampleTrim:
     cross_kv_bytes_allocated: int
     """What the cache really holds for the sample: under ``trim`` padded to the longest of its batch; in the engine its segment,
     which other sequences may share."""
+    merged_into: LongTensor | None = None
+    """(N,) on the same axis: the kept position of the feature that each position's is in, its own where it stayed, −1 where it
+    went; None where nothing was merged, or each layer merges for itself."""
     self_kv_bytes: int
     """Prompt tokens (padding left out) × bytes a token over the self-attention layers."""
 
@@ -51,22 +54,26 @@ class SampleTrim:
         allocated: int,
         rows: Sequence[int] | None = None,
         key_width: int | None = None,
+        biases: int = 0,
+        merged_into: Tensor | None = None,
     ) -> SampleTrim:
         """The record of a sample whose valid and kept positions are (N,) bool; numbers in the cache have ``itemsize`` bytes.
 
         ``rows``: the kept features of each cross-attention layer, where they differ; ``key_width``: the channels of a head's
-        keys that stay, where not all do.
+        keys that stay, where not all do; ``biases``: how many a feature and head have, of four bytes.
         """
         there, cross = int(valid.sum()), geometry.cross_kv_bytes(itemsize)
         stayed = int((keep & valid).sum()) if rows is None else round(sum(rows) / len(rows))
         held = stayed * geometry.cross_layers if rows is None else sum(rows)
+        biased = min(biases, 1) * stayed if rows is None else sum(rows[:biases])
         width = geometry.head_dim + (geometry.head_dim if key_width is None else key_width)
         return cls(
             visual_tokens=there,
             kept_visual_tokens=stayed,
             kept=keep.nonzero()[:, 0],  # type: ignore[arg-type]
             cross_kv_bytes_full=there * cross,
-            cross_kv_bytes=held * geometry.kv_heads * width * itemsize,
+            cross_kv_bytes=held * geometry.kv_heads * width * itemsize + 4 * geometry.kv_heads * biased,
             cross_kv_bytes_allocated=allocated,
+            merged_into=merged_into,  # type: ignore[arg-type]
             self_kv_bytes=prompt_tokens * geometry.self_kv_bytes(itemsize),
         )

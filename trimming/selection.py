@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimming.attention import CHUNK_ELEMENTS
+from trimming.clustering import sum_of_runs
 
 
 def ratio_budget(ratio: float, valid: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def ragged_index(keep: Tensor) -> tuple[Tensor, Tensor]:
     return index.masked_fill(~present, 0), present
 
 
-def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
+def merged(features: Tensor, sizes: Tensor, targets: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """``features`` with every kept row replaced by the mean of itself and the rows that are merged into it.
 
     Averages of features rather than of keys: a mean of normed keys is shorter than each of them. The same on every run: sums
@@ -93,19 +94,39 @@ def merged(features: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         features: (N, width).
+        sizes: (N,) float32, how many features each row stands for.
         targets: (N,) long, the kept position that each row is merged into, -1 for none.
         keep: (N,) bool.
 
     Returns:
-        (N, width); rows that are not kept come back as they are.
+        (N, width) and (N,) float32; rows that are not kept come back as they are.
     """
     own = torch.arange(len(features), device=features.device)
     into = torch.where((targets >= 0) & ~keep, targets, own)
-    rows = features[into.argsort(stable=True)].float()
-    # ``unsafe`` leaves out a look at the sizes, for which the host would wait.
-    sizes = torch.zeros_like(own).index_add_(0, into, torch.ones_like(own))
-    means = torch.segment_reduce(rows, "mean", lengths=sizes, unsafe=True)
-    return torch.where(keep[:, None], means.to(features.dtype), features)
+    order = into.argsort(stable=True)
+    lengths = torch.zeros_like(own).index_add_(0, into, torch.ones_like(own))
+    weights = sum_of_runs(sizes[order], lengths)
+    means = (sum_of_runs(features[order].float() * sizes[order, None], lengths) / weights[:, None]).to(features.dtype)
+    return torch.where(keep[:, None], means, features), torch.where(keep, weights, sizes)
+
+
+def merged_into(real: Tensor, firsts: Tensor, keep: Tensor, targets: Tensor | None) -> Tensor:
+    """``SampleTrim.merged_into``.
+
+    Args:
+        real: (N,) bool, features of real tiles.
+        firsts: one of them each, long: the place of the feature that it was clustered into, its own where it was not.
+        keep: (N,) bool, what stayed of these.
+        targets: (N,) long, the kept position that each was merged into when what stays was chosen, or -1; None where the rest
+            goes.
+
+    Returns:
+        (N,) long.
+    """
+    into = torch.full(real.shape, -1)
+    rest = -torch.ones_like(firsts) if targets is None else targets[firsts]
+    into[real] = torch.where(keep[firsts], firsts, rest)
+    return into
 
 
 def unit_rows(features: Tensor) -> Tensor:

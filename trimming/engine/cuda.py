@@ -59,11 +59,11 @@ class GraphDecode(Decode):
         self.input = torch.zeros(most, dtype=torch.long, device=device)
         """(most,) the tokens of a step, a sequence each."""
         columns = ceil_to(most, TABLE_GRAIN)
-        self.table = torch.zeros(4 + 5 * geometry.cross_layers, columns, dtype=torch.long, device=device)
+        self.table = torch.zeros(4 + 6 * geometry.cross_layers, columns, dtype=torch.long, device=device)
         """All else that a step needs to know of its sequences, one behind the other, so that it is one copy to the device."""
         # Where its token stands; 1 where it is no padding; where its slot begins, and the stride from head to head in it.
         self.place, self.alive, self.self_start, self.self_stride = self.table[:4]
-        self.cross = self.table[4:].view(5, geometry.cross_layers, columns)
+        self.cross = self.table[4:].view(6, geometry.cross_layers, columns)
         """See ``Segment.places``."""
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         images = model.config.vision_config.max_num_tiles * model.model.vision_model.num_patches
@@ -74,6 +74,8 @@ class GraphDecode(Decode):
         self.heads = torch.arange(geometry.kv_heads, device=device)[:, None]
         self.channels: Tensor | None = None
         """(cross layers, most, KV, key_width) the channels of a row's keys; None where keys have all of them."""
+        self.weighs = False
+        """Whether segments have biases."""
         self.logits = torch.zeros(most, model.config.text_config.vocab_size, dtype=model.dtype, device=device)
         """What every graph writes: a tensor in each of them would take as much again for every batch size."""
         self.replays: dict[int, Callable[[], object]] = {}
@@ -106,6 +108,12 @@ class GraphDecode(Decode):
         self.release()
         shape = (self.memory.geometry.cross_layers, len(self.input), self.memory.geometry.kv_heads, width)
         self.channels = torch.zeros(shape, dtype=torch.long, device=self.input.device)
+
+    def weigh(self, weighs: bool) -> None:
+        if weighs != self.weighs:
+            # Graphs were captured for the other kernel.
+            self.release()
+            self.weighs = weighs
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -141,7 +149,7 @@ class GraphDecode(Decode):
         table[2, count:] = memory.scratch
         table[3, :count] = memory.capacity * width
         table[3, count:] = width
-        nowhere = torch.zeros(5 * memory.geometry.cross_layers, dtype=torch.long)
+        nowhere = torch.zeros(6 * memory.geometry.cross_layers, dtype=torch.long)
         places = [sequence.segment.places if sequence.segment else nowhere for sequence in self.running]
         if places:
             torch.stack(places, -1, out=table[4:, :count])
@@ -245,13 +253,22 @@ class GraphDecode(Decode):
             query = grouped.gather(-1, channels.expand(*grouped.shape[:3], -1)).flatten(1, 2)
         # Keys, values, and their strides from head to head.
         places = tuple(self.cross[i, index, :bucket] for i in range(4))
-        attended = attention.o_proj(self._attend(query, places, length, attention.scaling, bucket))
+        bias = self.cross[5, index, :bucket] if self.weighs else None
+        attended = attention.o_proj(self._attend(query, places, length, attention.scaling, bucket, bias))
         states = states + layer.cross_attn_attn_gate.tanh() * attended * sees
         forward = layer.mlp(norm(layer.post_attention_layernorm, states))
         return states + layer.cross_attn_mlp_gate.tanh() * forward * sees
 
-    def _attend(self, query: Tensor, places: tuple[Tensor, ...], length: Tensor, scaling: float, bucket: int) -> Tensor:
-        """(B, heads × D)."""
+    def _attend(
+        self,
+        query: Tensor,
+        places: tuple[Tensor, ...],
+        length: Tensor,
+        scaling: float,
+        bucket: int,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """(B, heads × D). ``bias`` (B,): where those of each row begin."""
         geometry = self.memory.geometry
         attended = self.attend(
             query,
@@ -263,5 +280,7 @@ class GraphDecode(Decode):
             scaling,
             self.workspace,
             self.splits[bucket],
+            biases=None if bias is None else self.memory.biases,
+            bias_offset=bias,
         )
         return attended.flatten(1)

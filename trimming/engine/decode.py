@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
 from trimming.engine.gather import Gather, Gathered
-from trimming.engine.layers import Rotary, cross_queries, crosses, norm, self_projections, self_queries
+from trimming.engine.layers import Rotary, as_mask, cross_queries, crosses, norm, self_projections, self_queries
 from trimming.engine.memory import Memory, Segment
 from trimming.engine.sequence import Sequence_
 from trimming.engine.sharded import ShardedMemory
@@ -86,6 +86,9 @@ class Decode:
 
     def slice_keys(self, width: int) -> None:
         """Of every key from now on this many channels are left, each row's in its ``Sequence_.channels``."""
+
+    def weigh(self, weighs: bool) -> None:
+        """Whether segments have biases from now on."""
 
     def warm_up(self) -> None:
         """Does what a first step would have to do besides, where there is any."""
@@ -177,7 +180,9 @@ class Decode:
             attended = weights @ self._gather.values(bundle.segments, index)
         else:
             key, value = bundle.segments.views[index]
-            attended = F.scaled_dot_product_attention(asking, key, value, scale=scaling)
+            attended = F.scaled_dot_product_attention(
+                asking, key, value, as_mask(bundle.segments.biases[index], asking), scale=scaling
+            )
         return attended.reshape(segments, kv_heads, sharers, group, -1).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _assemble(self) -> list[_Members]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class Gathered:
     patterns: Sequence[tuple[Tensor, Tensor]]
     """Where they go on from there, (S, KV, L, pieces of a row) int32, padded by the last row."""
     masks: Sequence[Tensor]
-    """(S × KV, 1, L) additive: shuts the padding out."""
+    """(S × KV, 1, L) additive: shuts the padding out, and holds the segments' biases."""
 
 
 class Gather:
@@ -56,18 +55,21 @@ class Gather:
             self.buffer = self.memory.flat.new_empty(BUFFER_ELEMENTS)
         layers = segments[0].layers
         widths = (layers[0].key_width, layers[0].value_width)
-        # (5, layers, S): see ``Segment.places``.
-        places = torch.stack([segment.places for segment in segments], -1).unflatten(0, (5, -1))
+        # (6, layers, S): see ``Segment.places``.
+        places = torch.stack([segment.places for segment in segments], -1).unflatten(0, (6, -1))
         keys, values = (
             (each // self.memory.piece(width)).int()[..., None, None, None]
             for each, width in zip(places[:2], widths, strict=True)
         )
-        lengths = places[4]
-        patterns, masks = [self._pattern(lengths[0], widths)], [self._mask(lengths[0])]
-        for before, own in pairwise(lengths):
-            same = before.equal(own)
+        lengths, biases = places[4], places[5] if layers[0].bias is not None else None
+        patterns: list[tuple[Tensor, Tensor]] = []
+        masks: list[Tensor] = []
+        for layer, own in enumerate(lengths):
+            same = layer > 0 and lengths[layer - 1].equal(own)
             patterns.append(patterns[-1] if same else self._pattern(own, widths))
-            masks.append(masks[-1] if same else self._mask(own))
+            begins = None if biases is None else biases[layer]
+            same = same and (begins is None or biases is None or biases[layer - 1].equal(begins))
+            masks.append(masks[-1] if same else self._mask(own, begins))
         return Gathered(widths, list(zip(keys, values, strict=True)), patterns, masks)
 
     def keys(self, plan: Gathered, layer: int) -> Tensor:
@@ -96,7 +98,14 @@ class Gather:
         keys, values = ((rows * count + torch.arange(count)).int() for count in pieces)
         return keys, values
 
-    def _mask(self, lengths: Tensor) -> Tensor:
-        behind = torch.arange(int(lengths.max())) >= lengths[:, None]
-        mask = torch.zeros(behind.shape).masked_fill(behind, torch.finfo(torch.float32).min)
-        return mask.repeat_interleave(self.memory.geometry.kv_heads, 0)[:, None]
+    def _mask(self, lengths: Tensor, biases: Tensor | None) -> Tensor:
+        """See ``Gathered.masks``; of segments with these many rows (S,), whose biases begin at (S,)."""
+        heads = torch.arange(self.memory.geometry.kv_heads)
+        places = torch.arange(int(lengths.max()))
+        behind = (places >= lengths[:, None])[:, None].expand(-1, len(heads), -1)
+        if biases is None:
+            mask = torch.zeros(behind.shape)
+        else:
+            rows = heads[:, None] * lengths[:, None, None] + places
+            mask = self.memory.biases[(biases[:, None, None] + rows).masked_fill_(behind, 0)]
+        return mask.masked_fill(behind, torch.finfo(torch.float32).min).flatten(0, 1)[:, None]

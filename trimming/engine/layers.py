@@ -114,10 +114,17 @@ def crosses(model: MllamaForConditionalGeneration) -> list[bool]:
     return [index in config.cross_attention_layers for index in range(config.num_hidden_layers)]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(n, heads × D) of queries (n, heads, D) over keys and values (KV, L, D), all of them seen."""
-    folded = fold(query, len(key))
-    return unfold(F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scaling)[0], len(query))
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """(n, heads × D) of queries (n, heads, D) over keys and values (KV, L, D), all of them seen; ``bias``, (L,) or (KV, L)
+    float32, is added to scaled logits."""
+    folded = fold(query, len(key))[None]
+    attended = F.scaled_dot_product_attention(folded, key[None], value[None], as_mask(bias, folded), scale=scaling)
+    return unfold(attended[0], len(query))
+
+
+def as_mask(bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """``bias``, (L,) or (KV, L), as a mask for all rows of queries (B, KV, n, D); torch's kernels want it in their dtype."""
+    return None if bias is None else bias.to(query.dtype).unsqueeze(-2).expand(*query.shape[:3], -1)
 
 
 def fold(query: Tensor, kv_heads: int) -> Tensor:

@@ -28,13 +28,16 @@ GRAIN = 64
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a cross-attention layer's keys (KV, rows, key_width) and values (KV, rows, value_width) lie."""
+    """Where a cross-attention layer's keys (KV, rows, key_width) and values (KV, rows, value_width) lie, and what is added to
+    its logits."""
 
     key: int
     value: int
     rows: int
     key_width: int
     value_width: int
+    bias: int | None
+    """(KV, rows) float32, in float32's size; layers that keep the same have them in common. None: nothing is added."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,20 +50,28 @@ class Segment:
     """One a cross-attention layer; their rows may differ."""
     views: tuple[tuple[Tensor, Tensor], ...]
     """Their keys (1, KV, rows, key_width) and values (1, KV, rows, value_width)."""
+    biases: tuple[Tensor | None, ...]
+    """Theirs, (KV, rows) float32."""
     share: Hashable | None
     """What a sequence must have in common with this one to use it too; None: nothing can."""
     users: int = 1
     longest: int = field(init=False)
     """Elements of the longest layer's keys or values, of one head."""
     places: Tensor = field(init=False)
-    """(5 × cross-attention layers,) long, on the CPU: where each layer's keys begin, then each one's values; the strides from
-    head to head of keys, then of values; rows."""
+    """(6 × cross-attention layers,) long, on the CPU: where each layer's keys begin, then each one's values; the strides from
+    head to head of keys, then of values; rows; where biases begin, in float32's size."""
+
+    @property
+    def distinct_biases(self) -> list[Tensor]:
+        """``biases``, those of several layers once."""
+        each = zip(self.layers, self.biases, strict=True)
+        return list({(own.device, layer.bias): own for layer, own in each if own is not None}.values())
 
     def __post_init__(self) -> None:
-        rows = [(e.key, e.value, e.rows * e.key_width, e.rows * e.value_width, e.rows) for e in self.layers]
+        rows = [(e.key, e.value, e.rows * e.key_width, e.rows * e.value_width, e.rows, e.bias or 0) for e in self.layers]
         self.longest = max((e.rows * max(e.key_width, e.value_width) for e in self.layers), default=0)
         # Part of a model on several devices may have no cross-attention layer.
-        self.places = torch.tensor(rows, dtype=torch.long).view(-1, 5).T.flatten()
+        self.places = torch.tensor(rows, dtype=torch.long).view(-1, 6).T.flatten()
 
 
 class Memory:
@@ -75,6 +86,8 @@ class Memory:
         self.scratch = self.size
         """A place behind everything, with room for one token's keys in one layer: for kernels that must write somewhere."""
         self.flat = torch.empty(self.size + geometry.kv_heads * geometry.head_dim, dtype=dtype, device=device)
+        self.biases = self.flat[: self.size].view(torch.float32)
+        """The same memory, as float32: what is added to logits is not rounded to the model's dtype."""
         self.capacity = 0
         """Tokens that a slot has room for."""
         self.slots = 0
@@ -168,11 +181,17 @@ class Memory:
 
     # ---- segments -------------------------------------------------------------------------------------------------------
 
-    def segment_elements_for(self, rows: Sequence[int], key_widths: Sequence[int], value_widths: Sequence[int]) -> int:
-        """Length of a segment with these rows and channels in each cross-attention layer."""
+    def segment_elements_for(
+        self, rows: Sequence[int], key_widths: Sequence[int], value_widths: Sequence[int], biases: int = 0
+    ) -> int:
+        """Length of a segment with these rows and channels in each cross-attention layer. ``biases``: see ``allocate``."""
         kv = self.geometry.kv_heads
         sizes = zip(rows, key_widths, value_widths, strict=True)
-        return sum(_grains(kv * n * key) + _grains(kv * n * value) for n, key, value in sizes)
+        own = sum(_grains(kv * n * key) + _grains(kv * n * value) for n, key, value in sizes)
+        return own + sum(self._bias_elements(n) for n in rows[:biases])
+
+    def _bias_elements(self, rows: int) -> int:
+        return _grains(self.geometry.kv_heads * rows * torch.float32.itemsize // self.itemsize)
 
     def find(self, share: Hashable | None) -> Segment | None:
         """A live segment to share, counted as one more user's."""
@@ -187,15 +206,17 @@ class Memory:
         key_widths: Sequence[int] | None = None,
         value_widths: Sequence[int] | None = None,
         share: Hashable | None = None,
+        biases: int = 0,
     ) -> Segment | None:
         """A segment with ``rows`` in each cross-attention layer; None where no hole is large enough.
 
-        Widths default to the head dimension: a policy that slices channels gives its own.
+        Widths default to the head dimension: a policy that slices channels gives its own. ``biases`` is how many there are: 0,
+        1 for all layers, which have as many rows then, or as many as layers.
         """
         geometry = self.geometry
         key_widths = key_widths or [geometry.head_dim] * len(rows)
         value_widths = value_widths or [geometry.head_dim] * len(rows)
-        size = self.segment_elements_for(rows, key_widths, value_widths)
+        size = self.segment_elements_for(rows, key_widths, value_widths, biases)
         # From the high end, so that slots find the low one free.
         index = next((i for i in reversed(range(len(self.holes))) if self.holes[i][1] >= size), None)
         if index is None and size:
@@ -204,12 +225,17 @@ class Memory:
         if index is not None:
             start = sum(self.holes[index]) - size
             self._take(index, start, size)
-        extents, at = [], start
-        for n, key, value in zip(rows, key_widths, value_widths, strict=True):
+        at, begins = start, []
+        for n in rows[:biases]:
+            begins.append(at * self.itemsize // torch.float32.itemsize)
+            at += self._bias_elements(n)
+        extents = []
+        for layer, (n, key, value) in enumerate(zip(rows, key_widths, value_widths, strict=True)):
             values = at + _grains(geometry.kv_heads * n * key)
-            extents.append(Extent(at, values, n, key, value))
+            extents.append(Extent(at, values, n, key, value, begins[min(layer, biases - 1)] if begins else None))
             at = values + _grains(geometry.kv_heads * n * value)
-        segment = Segment(start, size, tuple(extents), tuple(map(self._views, extents)), share)
+        views, added = tuple(map(self._views, extents)), tuple(map(self._bias, extents))
+        segment = Segment(start, size, tuple(extents), views, added, share)
         if share is not None:
             self.shared[share] = segment
         self.segment_elements += size
@@ -240,6 +266,12 @@ class Memory:
         key = self.flat[extent.key : extent.key + kv * extent.rows * extent.key_width]
         value = self.flat[extent.value : extent.value + kv * extent.rows * extent.value_width]
         return key.view(1, kv, extent.rows, extent.key_width), value.view(1, kv, extent.rows, extent.value_width)
+
+    def _bias(self, extent: Extent) -> Tensor | None:
+        if extent.bias is None:
+            return None
+        kv = self.geometry.kv_heads
+        return self.biases[extent.bias : extent.bias + kv * extent.rows].view(kv, extent.rows)
 
     # ---- room -----------------------------------------------------------------------------------------------------------
 

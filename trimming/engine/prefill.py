@@ -35,7 +35,7 @@ from trimming.engine.stages import stages
 from trimming.mllama import Rows
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
-from trimming.selection import merged
+from trimming.selection import merged, merged_into
 
 DECISIONS = 1024
 """Images, or rows of images, of which it is remembered what stays."""
@@ -52,8 +52,12 @@ class _Set:
     group: Group
     positions: Tensor
     """(n,) long: where its packed features lie on the axis of N."""
-    valid: Tensor
+    real: Tensor
     """(N,) bool: real tiles' features."""
+    valid: Tensor
+    """(N,) bool: those of them that there are, where some were merged."""
+    sizes: Tensor | None
+    """(n,) float32: how many features each packed one stands for; None where that does not count."""
     ends: list[int]
     """Where each image's real tiles end among the packed features, from 0 on."""
     decision: Decision
@@ -67,14 +71,18 @@ class _Set:
     """Where all layers keep the same: its places among the packed features."""
     stored: tuple[int, int] = (0, 0)
     """Which of ``kept`` decoding sees."""
+    features: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(kept, width), with what is merged into them: what layers project that keep the same."""
+    bias: Tensor | None = None
+    """(kept,) float32, what is added to their logits."""
     segment: Segment | None = None
     fresh: bool = True
     """Whether this prefill fills the segment; a running sequence has done it otherwise."""
     key: Tensor = field(default_factory=lambda: torch.empty(0))
     """(KV, n, D) of the present layer, of what is kept."""
     value: Tensor = field(default_factory=lambda: torch.empty(0))
-    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Where each layer keeps a set of its own: keys and values, layer by layer, until all are known."""
+    held: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    """Where each layer keeps a set of its own: keys, values and biases, layer by layer, until all are known."""
     counts: list[int] = field(default_factory=list)
     """How many features each of these layers has kept, of all images."""
 
@@ -82,6 +90,11 @@ class _Set:
     def packed(self) -> Tensor:
         """(n, width): its features, as ``positions`` has them."""
         return self.joined([e.features for e in self.group.encoded])
+
+    @property
+    def full_bias(self) -> Tensor | None:
+        """(n,) float32: what is added to the logits of its packed features."""
+        return None if self.sizes is None else self.sizes.log()
 
     @property
     def last(self) -> tuple[int, int]:
@@ -104,7 +117,7 @@ class _Projection:
     """Features whose keys and values are computed once a layer: of one set, or of all sets of the same images."""
 
     features: Tensor
-    """(m, width), with what was merged into them."""
+    """(m, width)."""
     places: list[tuple[_Set, Tensor | None]]
     """The sets, and which of ``features`` each keeps; None for all."""
 
@@ -262,7 +275,8 @@ class Prefill:
             attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
             for look in batch.looks:
                 (a, b), (c, d) = look.rows, look.kept
-                attended[a:b] = attend(query[a:b], look.set.key[:, c:d], look.set.value[:, c:d], attention.scaling)
+                key, value, bias = look.set.key[:, c:d], look.set.value[:, c:d], _part(look.set.bias, c, d)
+                attended[a:b] = attend(query[a:b], key, value, attention.scaling, bias)
         rows = rows + layer.cross_attn_attn_gate.tanh() * attention.o_proj(attended)
         forward = mlp(layer.mlp, norm(layer.post_attention_layernorm, rows))
         if batch.blind is not None:
@@ -275,19 +289,20 @@ class Prefill:
         scores = self._nothing_seen(batch, query)
         attended = query.new_empty(len(query), attention.num_heads * attention.head_dim)
         for look in batch.looks:
-            (a, b), (c, d), (key, value) = look.rows, look.features, keys[look.set]
+            (a, b), (c, d), (key, value, bias) = look.rows, look.features, keys[look.set]
+            seen_keys = key[:, c:d], value[:, c:d], attention.scaling, _part(bias, c, d)
             if look.counts and look.set in scores:
-                attended[a:b], seen = _attend_and_score(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
+                attended[a:b], seen = _attend_and_score(query[a:b], *seen_keys)
                 scores[look.set][:, c:d] += seen
             else:
-                attended[a:b] = attend(query[a:b], key[:, c:d], value[:, c:d], attention.scaling)
+                attended[a:b] = attend(query[a:b], *seen_keys)
         scores, recent = batch.add_up(index, scores, self._recent(attention, batch, query, keys))
         if not batch.decides:
             return attended
         self._select(batch, scores, recent)
         if self.policy.where == "each_layer":
             for s in batch.sets:
-                self._hold(attention, index, batch, query, s, *keys[s])
+                self._hold(attention, index, batch, query, s, *keys[s][:2])
             if index == self.geometry.cross_layers - 1:
                 batch.keep_layers()
             return attended
@@ -297,7 +312,7 @@ class Prefill:
             return attended
         for s in batch.sets:
             low, high = s.stored
-            key, value = keys[s]
+            key, value, _ = keys[s]
             kept = s.kept[low:high].to(key.device)
             self._store(s, index, query, key[:, kept], value[:, kept])
         return attended
@@ -306,20 +321,23 @@ class Prefill:
         """Zeros for each set that has yet to decide, on ``query``'s device."""
         return {s: query.new_zeros(self.geometry.heads, len(s.positions), dtype=torch.float32) for s in batch.undecided}
 
-    def _recent(self, attention: Any, batch: _Batch, query: Tensor, keys: dict[_Set, tuple[Tensor, Tensor]]) -> Scores:
+    def _recent(
+        self, attention: Any, batch: _Batch, query: Tensor, keys: dict[_Set, tuple[Tensor, Tensor, Tensor | None]]
+    ) -> Scores:
         """Probabilities of the last rows of each prompt alone, summed, where the policy looks at them."""
         if "recent" not in self.policy.looks_at:
             return {}
         recent = self._nothing_seen(batch, query)
         for s, found in recent.items():
             for features, rows in batch.last_rows(s, self.policy.recent_rows).items():
-                (c, d), (key, value) = features, keys[s]
+                (c, d), (key, value, bias) = features, keys[s]
                 asking = torch.cat([query[a:b] for a, b in rows])
-                found[:, c:d] += _attend_and_score(asking, key[:, c:d], value[:, c:d], attention.scaling)[1]
+                seen = key[:, c:d], value[:, c:d], attention.scaling, _part(bias, c, d)
+                found[:, c:d] += _attend_and_score(asking, *seen)[1]
         return recent
 
-    def _full_keys(self, attention: Any, batch: _Batch) -> dict[_Set, tuple[Tensor, Tensor]]:
-        """Each set's keys and values (KV, n, D) of all of its images' features, an image's computed once."""
+    def _full_keys(self, attention: Any, batch: _Batch) -> dict[_Set, tuple[Tensor, Tensor, Tensor | None]]:
+        """Each set's keys and values (KV, n, D) of all of its images' features, an image's computed once, and their biases."""
         images = list({id(e): e for s in batch.sets for e in s.group.encoded}.values())
         key, value = cross_projections(attention, torch.cat([e.features for e in images]).to(batch.rows.device))
         sizes = [len(e.features) for e in images]
@@ -327,7 +345,9 @@ class Prefill:
         keys = {}
         for s in batch.sets:
             parts = [found[id(e)] for e in s.group.encoded]
-            keys[s] = (s.joined([k for k, _ in parts]).transpose(0, 1), s.joined([v for _, v in parts]).transpose(0, 1))
+            key, value = (s.joined(list(each)).transpose(0, 1) for each in zip(*parts, strict=True))
+            bias = s.full_bias
+            keys[s] = key, value, None if bias is None else bias.to(key.device)
         return keys
 
     def _hold(self, attention: Any, index: int, batch: _Batch, query: Tensor, s: _Set, key: Tensor, value: Tensor) -> None:
@@ -341,38 +361,45 @@ class Prefill:
             return
         packed = packed.to(key.device)
         packed[..., : s.last[0]] = packed[..., s.last[1] :] = False
-        key, value = self._kept(attention, index, s, packed, key, value)
-        key = self._slice(s, index, query, key)
+        key, value, bias = self._kept(attention, index, s, packed, key, value)
+        key = self._slice(s, index, query, key, bias)
         if batch.stores:
-            s.held.append((key, value))
+            s.held.append((key, value, bias))
 
-    def _kept(self, attention: Any, index: int, s: _Set, keep: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a set's keys and values (KV, n, D) what ``keep``, (n,) or (KV, n) bool, leaves of them."""
+    def _kept(
+        self, attention: Any, index: int, s: _Set, keep: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of a set's keys and values (KV, n, D) what ``keep``, (n,) or (KV, n) bool, leaves of them, and the biases (n,) or
+        (KV, n)."""
         if keep.dim() == 2:
             # As many in each head, each head its own.
-            places = keep.nonzero()[:, 1].view(len(keep), -1, 1)
-            return key.gather(1, places.expand(-1, -1, key.shape[-1])), value.gather(1, places.expand(-1, -1, value.shape[-1]))
+            places = keep.nonzero()[:, 1].view(len(keep), -1)
+            key, value = (t.gather(1, places[..., None].expand(-1, -1, t.shape[-1])) for t in (key, value))
+            return key, value, None if s.sizes is None else s.sizes.log().to(places.device)[places]
         places = keep.nonzero()[:, 0]
         if not self.policy.merges:
-            return key[:, places], value[:, places]
-        features = _merged(s, index, keep)
+            return key[:, places], value[:, places], None if s.sizes is None else s.sizes.log().to(places.device)[places]
+        features, sizes = _merged(s, index, keep)
         features = features[places.to(features.device)].to(key.device)
         key, value = cross_projections(attention, features)
-        return key.transpose(0, 1), value.transpose(0, 1)
+        bias = None if s.sizes is None else sizes.log().to(places.device)[places]
+        return key.transpose(0, 1), value.transpose(0, 1), bias
 
-    def _slice(self, s: _Set, index: int, query: Tensor, key: Tensor) -> Tensor:
+    def _slice(self, s: _Set, index: int, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """``key`` (KV, n, D) with the channels that the policy leaves."""
         if not self.policy.slices:
             return key
         decided = s.decision.channels
         if len(decided) == index:
             asking = torch.cat([query[a:b] for a, b in s.seeing])
-            decided.append(self.policy.channels(fold(asking, len(key)), key))
+            # A sum over keys of their squares counts what each stands for.
+            counted = key if bias is None else key * (bias / 2).exp()[..., None].to(key.dtype)
+            decided.append(self.policy.channels(fold(asking, len(key)), counted))
         return key.gather(-1, decided[index][:, None].expand(-1, key.shape[1], -1))
 
     def _store(self, s: _Set, index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Writes what decoding sees of a set (KV, n, D) into its segment, where that is this prefill's to fill."""
-        key = self._slice(s, index, query, key)
+        key = self._slice(s, index, query, key, _part(s.bias, *s.stored))
         if s.segment is not None and s.fresh:
             stored = self.memory.segment_layer(s.segment, index)
             stored[0].copy_(key)
@@ -424,7 +451,10 @@ class Prefill:
         keep = torch.cat([kept for kept, _ in decided])
         if self.rows == "transformers":
             # Rows before the image see padding tiles too, where nothing is trimmed.
-            everything = (keep == (valid if keep.dim() == 2 else valid[:, None])).flatten(1).all(-1)
+            real = torch.zeros_like(valid)
+            for row, s in zip(real, sets, strict=True):
+                row[: len(s.real)] = s.real
+            everything = (keep == (real if keep.dim() == 2 else real[:, None])).flatten(1).all(-1)
             keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))
         for s, own in zip(sets, keep, strict=True):
             # Other sets of the batch may have more images.
@@ -468,8 +498,8 @@ class Prefill:
         for row, s in enumerate(sets):
             for i, encoded in enumerate(s.group.encoded):
                 assert encoded.class_attention is not None
-                start = i * self.max_tiles * self.tokens
-                spread[row, start : start + len(encoded.class_attention)] = encoded.class_attention.to(device)
+                own = s.positions[s.ends[i] : s.ends[i + 1]].to(device)
+                spread[row, own] = encoded.class_attention.to(device)
         return spread
 
     def _with_features(self, s: _Set, context: VisualContext, row: int) -> VisualContext:
@@ -554,12 +584,18 @@ class _Batch:
 
     def _set(self, group: Group) -> _Set:
         prefill = self.prefill
-        tiles = [e.tiles for e in group.encoded]
-        ends = [0, *accumulate(count * prefill.tokens for count in tiles)]
-        positions = packed_positions(tiles, prefill.tokens, prefill.max_tiles, prefill.rows == "transformers")
-        valid = torch.zeros(len(tiles) * prefill.max_tiles * prefill.tokens, dtype=torch.bool)
-        valid[positions[: ends[-1]]] = True
-        return _Set(group, positions, valid, ends, group.decision or Decision(), known=group.decision is not None)
+        images, tokens, most = group.encoded, prefill.tokens, prefill.max_tiles
+        ends = [0, *accumulate(image.real(tokens) for image in images)]
+        positions = packed_positions(images, tokens, most, prefill.rows == "transformers")
+        real = (torch.arange(most * tokens) < torch.tensor([image.tiles * tokens for image in images])[:, None]).flatten()
+        valid = torch.zeros_like(real).index_fill_(0, positions[: ends[-1]], True)
+        sizes = None
+        if prefill.policy.weighs:
+            own = [torch.ones(image.real(tokens)) if image.clusters is None else image.clusters.sizes for image in images]
+            # Padding tiles' features, behind all others, stand for themselves.
+            sizes = torch.cat([*own, torch.ones(len(positions) - ends[-1])])
+        decision = group.decision or Decision()
+        return _Set(group, positions, real, valid, sizes, ends, decision, known=group.decision is not None)
 
     def _look(self, s: _Set, rows: tuple[int, int], features: tuple[int, int], counts: bool) -> None:
         """Adds a look, to the one before where that sees the same: one product for all questions about an image."""
@@ -603,6 +639,8 @@ class _Batch:
         for projection in self.projections:
             projection.features = projection.features.to(device)
             projection.places = [(s, None if p is None else p.to(device)) for s, p in projection.places]
+        for s in self.sets:
+            s.bias = None if s.bias is None else s.bias.to(device)
 
     def keep(self) -> None:
         """Once all sets are decided, for all layers alike: allocates their segments, and tells what is to be projected."""
@@ -620,25 +658,57 @@ class _Batch:
             whole = alike and s.stored == (0, len(s.kept))
             which = None if len(s.kept) == len(s.positions) else s.kept.numpy().tobytes()
             share = (s.group.keys, which) if whole else None
-            placed = self._place(s, [s.stored[1] - s.stored[0]] * layers, *widths, share)
+            placed = self._place(s, [s.stored[1] - s.stored[0]] * layers, *widths, int(policy.weighs), share)
             if placed and whole and not s.fresh:
                 self.there.append(s)
         self._check_room()
+        for s in self.sets:
+            self._gather_kept(s)
         self._plan_projections()
+
+    def _gather_kept(self, s: _Set) -> None:
+        """Sets what is kept of the set's features, and what is added to their logits."""
+        if s in self.there:
+            assert s.segment is not None
+            # The same in every head.
+            held = s.segment.biases[0]
+            s.bias = None if held is None else held[0]
+            return
+        features, sizes = s.packed, s.sizes
+        if self.prefill.policy.merges:
+            features, merged_sizes = _merged(s, 0, torch.zeros(len(features), dtype=torch.bool).index_fill(0, s.kept, True))
+            sizes = None if sizes is None else merged_sizes
+        s.features = features if len(s.kept) == len(features) else features[s.kept.to(features.device)]
+        if sizes is not None:
+            s.bias = sizes[s.kept.to(sizes.device)].log().to(self.rows.device)
+            if s.segment is not None and s.fresh:
+                low, high = s.stored
+                for bias in s.segment.distinct_biases:
+                    bias.copy_(s.bias[low:high].to(bias.device))
 
     def keep_layers(self) -> None:
         """Allocates and fills the segments of sets of which each layer has kept a set of its own."""
         for s in self.sets if self.stores else ():
-            rows, keys = [key.shape[1] for key, _ in s.held], [key.shape[2] for key, _ in s.held]
-            if self._place(s, rows, keys, [value.shape[2] for _, value in s.held]) and s.fresh:
+            rows, keys = [key.shape[1] for key, *_ in s.held], [key.shape[2] for key, *_ in s.held]
+            biases = len(rows) if self.prefill.policy.weighs else 0
+            if self._place(s, rows, keys, [value.shape[2] for _, value, _ in s.held], biases) and s.fresh:
                 assert s.segment is not None
-                for index, layer in enumerate(s.held):
+                for index, (*layer, bias) in enumerate(s.held):
                     for stored, kept in zip(self.prefill.memory.segment_layer(s.segment, index), layer, strict=True):
                         stored.copy_(kept)
+                    held = s.segment.biases[index]
+                    if held is not None and bias is not None:
+                        held.copy_(bias)
         self._check_room()
 
     def _place(
-        self, s: _Set, rows: Sequence[int], keys: Sequence[int], values: Sequence[int], share: Hashable | None = None
+        self,
+        s: _Set,
+        rows: Sequence[int],
+        keys: Sequence[int],
+        values: Sequence[int],
+        biases: int,
+        share: Hashable | None = None,
     ) -> bool:
         """Gives the set's sequences their segment, a live one that holds the same if there is; False where there is no room.
 
@@ -648,9 +718,9 @@ class _Batch:
         share = share or (s.group if s.group.size > 1 else None)
         segment = memory.find(share)
         s.fresh = segment is None
-        segment = segment or memory.allocate(rows, keys, values, share)
+        segment = segment or memory.allocate(rows, keys, values, share, biases)
         if segment is None:
-            s.group.cross_need = memory.segment_elements_for(rows, keys, values)
+            s.group.cross_need = memory.segment_elements_for(rows, keys, values, biases)
             return False
         segment.users += len(s.numbers) - 1
         s.segment = segment
@@ -672,11 +742,11 @@ class _Batch:
                 # What was merged into a feature is its set's own.
                 together.setdefault(s if merges else tuple(map(id, s.group.encoded)), []).append(s)
         for sets in together.values():
-            kept = sets[0].kept if len(sets) == 1 else torch.cat([s.kept for s in sets]).unique()
-            features = sets[0].packed
-            if merges:
-                features = _merged(sets[0], 0, torch.zeros(len(features), dtype=torch.bool).index_fill(0, kept, True))
-            features = features if len(kept) == len(features) else features[kept.to(features.device)]
+            kept, features = sets[0].kept, sets[0].features
+            if len(sets) > 1:
+                kept = torch.cat([s.kept for s in sets]).unique()
+                features = sets[0].packed
+                features = features if len(kept) == len(features) else features[kept.to(features.device)]
             same = [len(s.kept) == len(kept) for s in sets]
             places = [
                 (s, None if all_of_it else torch.searchsorted(kept, s.kept).to(device))
@@ -700,7 +770,7 @@ class _Batch:
             self.sequences[number].trim = self._record(none, none, length, None)
         for s in self.sets:
             keep = torch.stack([each if each.dim() == 1 else each.any(0) for each in s.decision.keeps]).any(0)
-            record = self._record(s.valid, keep, 0, s)
+            record = self._record(s.real, keep, 0, s)
             for number in s.numbers:
                 own = self.lengths[number] * self.prefill.geometry.self_kv_bytes(self.prefill.memory.itemsize)
                 self.sequences[number].trim = replace(record, self_kv_bytes=own)
@@ -709,20 +779,48 @@ class _Batch:
     def _record(self, valid: Tensor, keep: Tensor, length: int, s: _Set | None) -> SampleTrim:
         geometry, itemsize = self.prefill.geometry, self.prefill.memory.itemsize
         allocated = s.segment.size * itemsize if s and s.segment else 0
-        width = self.prefill.policy.key_width(geometry.head_dim)
-        return SampleTrim.of(valid, keep, length, geometry, itemsize, allocated, s.counts or None if s else None, width)
+        policy = self.prefill.policy
+        width = policy.key_width(geometry.head_dim)
+        biases = 0
+        if policy.weighs:
+            biases = geometry.cross_layers if policy.where == "each_layer" else 1
+        counts = s.counts or None if s else None
+        into = self._merged_into(s, keep) if s else None
+        return SampleTrim.of(valid, keep, length, geometry, itemsize, allocated, counts, width, biases, into)
+
+    def _merged_into(self, s: _Set, keep: Tensor) -> Tensor | None:
+        """See ``SampleTrim.merged_into``; ``keep`` (N,) bool."""
+        policy, size = self.prefill.policy, self.prefill.max_tiles * self.prefill.tokens
+        clusters = [image.clusters for image in s.group.encoded] if policy.clustering else []
+        targets = s.decision.targets[0] if policy.merges and policy.where != "each_layer" else None
+        if policy.where == "each_layer" or (targets is None and not any(clusters)):
+            return None
+        firsts = []
+        for i, (image, merged_here) in enumerate(zip(s.group.encoded, clusters or [None] * len(s.group.images), strict=True)):
+            own = torch.arange(image.tiles * self.prefill.tokens)
+            firsts.append((own if merged_here is None else merged_here.places[merged_here.cluster]) + i * size)
+        return merged_into(s.real, torch.cat(firsts), keep, targets)
 
 
-def _merged(s: _Set, index: int, keep: Tensor) -> Tensor:
-    """A set's packed features with what is merged into the rows that ``keep`` (n,) bool keeps, by its ``index``-th decision."""
+def _part(bias: Tensor | None, first: int, end: int) -> Tensor | None:
+    return None if bias is None else bias[first:end]
+
+
+def _merged(s: _Set, index: int, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """A set's packed features and sizes with what is merged into the rows that ``keep`` (n,) bool keeps, by its ``index``-th
+    decision."""
     features, targets = s.packed, s.decision.targets[index]
+    sizes = torch.ones(len(features)) if s.sizes is None else s.sizes
     # -1 stands behind everything else, and stays -1.
     places = torch.full((len(targets) + 1,), -1)
     places[s.positions] = torch.arange(len(s.positions))
-    return merged(features, places[targets[s.positions]].to(features.device), keep.to(features.device))
+    into = places[targets[s.positions]]
+    return merged(features, *(t.to(features.device) for t in (sizes, into, keep)))
 
 
-def _attend_and_score(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _attend_and_score(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``attend``, and each head's probabilities summed over the rows: (heads, L) float32.
 
     One pass: the probabilities are needed either way. Rows come in chunks, so that no map of a long prompt is ever whole.
@@ -733,7 +831,8 @@ def _attend_and_score(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     attended = []
     for part in query.split(max(1, CHUNK_ELEMENTS // (heads * length))):
         # Scaled in fp32: rounding the logits a second time would move what is scored against what decoding attends to.
-        weights = (fold(part, kv_heads) @ key.transpose(-1, -2)).float().mul_(scaling).softmax(-1)
+        logits = (fold(part, kv_heads) @ key.transpose(-1, -2)).float().mul_(scaling)
+        weights = (logits if bias is None else logits.add_(bias)).softmax(-1)
         scores += weights.unflatten(1, (-1, len(part))).sum(2).flatten(0, 1)
         attended.append(unfold(weights.to(value.dtype) @ value, len(part)))
     return torch.cat(attended), scores

@@ -30,7 +30,7 @@ from trimming.engine.sampling import choose
 from trimming.engine.sequence import Encoded, Group, Sequence_, ceil_to, image_spans
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stage_geometries, stages
-from trimming.engine.vision import ImageCache, Tower, TowerTiles
+from trimming.engine.vision import ImageCache, Tower, TowerTiles, encoded_images
 from trimming.mllama import Rows
 from trimming.policies import Policy
 
@@ -141,11 +141,14 @@ class Engine:
         self.decode = _decode_for(model, self.memory, rotary, max_sequences)
         if policy.slices:
             self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
+        self.decode.weigh(policy.weighs)
         self.waiting: deque[Sequence_] = deque()
         self.statistics = Statistics()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds of the device by stage: ``tower`` (with projector), ``prefill``, ``decode``."""
         self._share = _first_guess(policy)
+        # What share of an image's features is left once they are merged.
+        self._left = 1.0
         # How many running sequences have which images, and what these would hold if all features were kept.
         self._shown: Counter[Hashable] = Counter()
         self._full_elements = 0
@@ -275,7 +278,9 @@ class Engine:
                 self.images.clear()
             if policy.slices:
                 self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
+            self.decode.weigh(policy.weighs)
             self.policy = self.prefill.policy = policy
+            self._left = 1.0
             self._share = _first_guess(policy)
 
     def wake(self) -> None:
@@ -380,7 +385,7 @@ class Engine:
             tokens += sum(len(sequence.request.tokens) for sequence in party)
             # A group that decides by its texts has keys and values of its own, until they are stored.
             new = [image for image in group.images if self._looks or image.key not in seen]
-            visual += sum(len(image.pixels) for image in new) * self.tower.tokens
+            visual += int(sum(len(image.pixels) for image in new) * self.tower.tokens * self._left)
             seen |= {image.key for image in new}
             capacity = max(capacity, *(sequence.capacity for sequence in party))
             used += 0 if group in sharing else self._expected(group, group.keys in here)
@@ -586,28 +591,25 @@ class Engine:
     def _encode_next(self, group: Group) -> bool:
         """The group's next image, from the cache or from the tower, where others of its tile count come along."""
         image = group.images[len(group.encoded)]
-        cached = self.images.get(image.key) if self.images.limit_bytes else None
-        if cached is not None:
+        cached = self._cached(image)
+        if cached is not None and cached.clustering == self.policy.clustering:
             group.encoded.append(cached)
             self.statistics.image_hits += group.waiting
             return True
-        together = self._alike(group, image)
+        together = [(group, image)] if cached else self._alike(group, image)
         pictures = [image for _, image in together]
 
         def encode() -> list[Encoded]:
-            seen: list[Tensor] = []
-            if "class_attention" in self.policy.looks_at:
+            attention: Tensor | None = None
+            if cached:
+                # With all its features, by an engine that shares the cache.
+                features = cached.features[None]
+                attention = None if cached.class_attention is None else cached.class_attention[None]
+            elif "class_attention" in self.policy.looks_at:
                 features, attention = self.tower.look(pictures)
-                seen = list(attention)
             else:
                 features = self.tower.encode(pictures)
-            # Views would keep all of the batch's images.
-            alone = len(together) == 1
-            encoded = [
-                Encoded(len(image.pixels), own if alone else own.clone()) for image, own in zip(pictures, features, strict=True)
-            ]
-            for one, own in zip(encoded, seen, strict=bool(seen)):
-                one.class_attention = own.clone()
+            encoded = encoded_images(len(image.pixels), self.tower.tokens, features, attention, self.policy.clustering)
             self._synchronise()
             return encoded
 
@@ -616,13 +618,19 @@ class Engine:
             assert failure is not None
             return self._tower_failed(together, failure)
         self.tower_images.passed(len(together))
-        self.statistics.images_encoded += len(together)
+        self.statistics.images_encoded += 0 if cached else len(together)
         for (owner, image), one in zip(together, encoded, strict=True):
-            if self.images.limit_bytes:
+            if self.images.limit_bytes and not cached:
                 self.images.put(image.key, one)
             owner.encoded.append(one)
-            self.statistics.image_hits += owner.waiting - 1
+            self.statistics.image_hits += owner.waiting - (0 if cached else 1)
+            self._left += 0.2 * (one.real(self.tower.tokens) / (one.tiles * self.tower.tokens) - self._left)
         return True
+
+    def _cached(self, image: Image) -> Encoded | None:
+        """The image from the cache: merged as the policy wants it, or with all of its features."""
+        found = self.images.get(image.key) if self.images.limit_bytes else None
+        return found if found is not None and found.clustering in (None, self.policy.clustering) else None
 
     def _alike(self, group: Group, image: Image) -> list[tuple[Group, Image]]:
         """``image`` and images of its tile count that waiting groups need next, each key once."""
@@ -634,7 +642,7 @@ class Engine:
         waiting = dict.fromkeys(sequence.group for sequence in list(islice(self.waiting, GROUP_ROWS * most)))
         ahead = list(islice(waiting, most))
         # Prompts of many images take as many neighbours' along: what waits encoded is held to what a prefill takes.
-        held = sum(encoded.tiles for other in ahead for encoded in other.encoded) * self.tower.tokens
+        held = sum(len(encoded.features) for other in ahead for encoded in other.encoded)
         for other in ahead:
             if len(together) >= self.tower_images.now or held > PREFILL_VISUAL_TOKENS:
                 break
@@ -642,7 +650,7 @@ class Engine:
             if other is group or done == len(other.images):
                 continue
             candidate = other.images[done]
-            known = self.images.limit_bytes and (candidate.key in keys or self.images.get(candidate.key) is not None)
+            known = self.images.limit_bytes and (candidate.key in keys or self._cached(candidate) is not None)
             if len(candidate.pixels) == len(image.pixels) and not known and candidate.key not in self._suspects:
                 together.append((other, candidate))
                 keys.add(candidate.key)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trimming.clustering import Clustering
 from trimming.engine.memory import Segment
 from trimming.engine.request import Completion, Image, Request
 from trimming.samples import SampleTrim
@@ -20,13 +21,34 @@ class Encoded:
 
     tiles: int
     features: Tensor
-    """(tokens, text width): the real tiles' features, then padding tiles' where the engine keeps them."""
+    """(tokens, text width): the real tiles' features, then padding tiles' where the engine keeps them; or what the real ones'
+    were merged into."""
     class_attention: Tensor | None = None
     """(real tiles' tokens,) float32; see ``VisualContext.class_attention``. None where no policy looks at it."""
+    clustering: Clustering | None = None
+    """By what its features were merged."""
+    clusters: Clusters | None = None
+    """What they were merged into; None where each stayed alone."""
+
+    def real(self, tokens: int) -> int:
+        """How many of ``features`` are of real tiles, which have ``tokens`` each."""
+        return self.tiles * tokens if self.clusters is None else len(self.clusters.places)
 
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.itemsize for t in (self.features, self.class_attention) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """What k features of an image stand for. Tensors are on the CPU; places are on its own axis of most tiles × tokens."""
+
+    sizes: Tensor
+    """(k,) float32."""
+    places: Tensor
+    """(k,) long, ascending: each cluster's first member."""
+    cluster: Tensor
+    """(real tiles' tokens,) long: each feature's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +143,13 @@ def ceil_to(value: int, grain: int) -> int:
     return -(-value // grain) * grain
 
 
-def packed_positions(tiles: Sequence[int], tokens: int, most: int, padding: bool) -> Tensor:
-    """Where packed features lie on the model's axis of images × most tiles × tokens: first the real tiles of every image,
-    then, with ``padding``, every image's padding tiles. (n,) long."""
-    real = [torch.arange(count * tokens) + i * most * tokens for i, count in enumerate(tiles)]
-    blank = [torch.arange(count * tokens, most * tokens) + i * most * tokens for i, count in enumerate(tiles)]
-    return torch.cat(real + (blank if padding else []))
+def packed_positions(images: Sequence[Encoded], tokens: int, most: int, padding: bool) -> Tensor:
+    """Where packed features lie on the model's axis of images × most tiles × tokens: first the real tiles' of every image, or
+    what they were merged into, then, with ``padding``, those of every unmerged image's padding tiles. (n,) long."""
+    real, blank = [], []
+    for i, image in enumerate(images):
+        own = torch.arange(image.tiles * tokens) if image.clusters is None else image.clusters.places
+        real.append(own + i * most * tokens)
+        if padding and image.clusters is None:
+            blank.append(torch.arange(image.tiles * tokens, most * tokens) + i * most * tokens)
+    return torch.cat(real + blank)

@@ -92,9 +92,15 @@ class ShardedMemory:
     def segment_elements(self) -> int:
         return sum(part.segment_elements for part in self.parts)
 
-    def segment_elements_for(self, rows: Sequence[int], key_widths: Sequence[int], value_widths: Sequence[int]) -> int:
+    def segment_elements_for(
+        self, rows: Sequence[int], key_widths: Sequence[int], value_widths: Sequence[int], biases: int = 0
+    ) -> int:
         """See ``Memory.segment_elements_for``."""
-        return self.parts[0].segment_elements_for(rows, key_widths, value_widths)
+        shares = zip(self.parts, self._cross, strict=True)
+        return sum(
+            part.segment_elements_for(rows[a:b], key_widths[a:b], value_widths[a:b], _biases_of(biases, a, b))
+            for part, (a, b) in shares
+        )
 
     def find(self, share: Hashable | None) -> Segment | None:
         """See ``Memory.find``."""
@@ -109,13 +115,15 @@ class ShardedMemory:
         key_widths: Sequence[int] | None = None,
         value_widths: Sequence[int] | None = None,
         share: Hashable | None = None,
+        biases: int = 0,
     ) -> Segment | None:
         """See ``Memory.allocate``; a part of the segment lies on each device."""
         pieces: list[Segment] = []
 
         def take(part: Memory) -> bool:
             a, b = self._cross[len(pieces)]
-            piece = part.allocate(rows[a:b], key_widths and key_widths[a:b], value_widths and value_widths[a:b])
+            widths = key_widths and key_widths[a:b], value_widths and value_widths[a:b]
+            piece = part.allocate(rows[a:b], *widths, biases=_biases_of(biases, a, b))
             pieces.extend([piece] if piece else [])
             return piece is not None
 
@@ -123,7 +131,8 @@ class ShardedMemory:
             return None
         layers = tuple(extent for piece in pieces for extent in piece.layers)
         views = tuple(view for piece in pieces for view in piece.views)
-        segment = Segment(pieces[0].start, sum(piece.size for piece in pieces), layers, views, share)
+        added = tuple(bias for piece in pieces for bias in piece.biases)
+        segment = Segment(pieces[0].start, sum(piece.size for piece in pieces), layers, views, added, share)
         self._pieces[segment] = pieces
         if share is not None:
             self.shared[share] = segment
@@ -164,3 +173,8 @@ class ShardedMemory:
     def reset_peaks(self) -> None:
         for part in self.parts:
             part.reset_peaks()
+
+
+def _biases_of(biases: int, first: int, end: int) -> int:
+    """How many of a segment's biases a part holds whose cross-attention layers are those from ``first`` to ``end``."""
+    return min(biases, end - first)

@@ -26,6 +26,7 @@ _BLOCK = 64
 _STAGES = {2: 3, 4: 2}
 """By bytes an element. At widths of 128 three programs in bf16 then fit on an H100's multiprocessor, with 70 KiB each."""
 _TENSOR_CORE_ROWS = 16
+LOG2_E = tl.constexpr(math.log2(math.e))
 _PROGRAMS_PER_PROCESSOR = 4
 _ROWS_PER_SPLIT = 256
 _MOST_SPLITS = 64
@@ -77,6 +78,8 @@ def ragged_decode_attention(
     partial: Workspace,
     splits: int,
     out: Tensor | None = None,
+    biases: Tensor | None = None,
+    bias_offset: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one query row a sequence over that sequence's rows; heads are shared in groups of H / KV.
 
@@ -99,6 +102,8 @@ def ragged_decode_attention(
         partial: room for at least B × splits.
         splits: shares a sequence is cut into, see ``pick_splits``.
         out: (B, H, Dv) of the query's dtype, the last axis dense; made where None.
+        biases: float32, what is added to scaled logits; None: nothing.
+        bias_offset: (B,) int64, the element of ``biases`` where a sequence's begin, (KV, rows). Both or none are given.
 
     Returns:
         ``out``.
@@ -110,6 +115,8 @@ def ragged_decode_attention(
     if out is None:
         out = query.new_empty(batch, heads, value_width)
     _check(query, arena, kv_heads, value_width, partial, splits, out)
+    if (biases is None) != (bias_offset is None):
+        raise ValueError("biases and bias_offset belong together: give both or none")
     if batch == 0:
         return out
     group = heads // kv_heads
@@ -118,6 +125,9 @@ def ragged_decode_attention(
     _attend_to_share[(batch, kv_heads, splits)](
         query,
         arena,
+        # The kernel does not look at them where they are None.
+        query if biases is None else biases,
+        length if bias_offset is None else bias_offset,
         key_offset,
         value_offset,
         key_head_stride,
@@ -127,12 +137,13 @@ def ragged_decode_attention(
         query.stride(0),
         query.stride(1),
         # exp2 is what the hardware has.
-        scaling * math.log2(math.e),
+        scaling * LOG2_E.value,
         GROUP=group,
         ROWS=_padded(group),
         KEY_WIDTH=key_width,
         KEY_PAD=_padded(key_width),
         ALIGN=ALIGNMENT,
+        BIASED=biases is not None,
         **widths,
         num_stages=_STAGES[query.element_size()],
     )
@@ -187,6 +198,8 @@ def _place(
 def _attend_to_share(
     query: tl.tensor,
     arena: tl.tensor,
+    biases: tl.tensor,
+    bias_offset: tl.tensor,
     key_offset: tl.tensor,
     value_offset: tl.tensor,
     key_head_stride: tl.tensor,
@@ -206,6 +219,7 @@ def _attend_to_share(
     VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    BIASED: tl.constexpr,
 ) -> None:
     """Grid (B, KV, splits): the query heads of one key/value head, as rows of one tile, over one share of the sequence."""
     # int64 from here on: all that is multiplied with it may pass 2**31.
@@ -231,6 +245,9 @@ def _attend_to_share(
     key_tile = arena + key_at + places[:, None] * KEY_WIDTH + key_columns[None, :]
     value_tile = arena + value_at + places[:, None] * VALUE_WIDTH + value_columns[None, :]
 
+    bias_at = biases
+    if BIASED:
+        bias_at += tl.load(bias_offset + batch) + head * count
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     denominator = tl.zeros((ROWS,), tl.float32)
     numerator = tl.zeros((ROWS, VALUE_PAD), tl.float32)
@@ -238,6 +255,9 @@ def _attend_to_share(
         there = position + places < end
         key = tl.load(key_tile, mask=there[:, None] & (key_columns < KEY_WIDTH)[None, :], other=0.0)
         logits = tl.dot(query_tile, tl.trans(key), input_precision="ieee") * scaling
+        if BIASED:
+            bias = tl.load(bias_at + position + places, mask=there, other=0.0)
+            logits += (bias * LOG2_E)[None, :]
         logits = tl.where(there[None, :], logits, float("-inf"))
         # Every block has a row that counts, so the maximum is finite and no difference of infinities arises.
         higher = tl.maximum(top, tl.max(logits, 1))

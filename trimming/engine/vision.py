@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
+from trimming.clustering import Clustering, merge_clusters, sum_of_runs
 from trimming.engine.request import Image
-from trimming.engine.sequence import Encoded
+from trimming.engine.sequence import Clusters, Encoded
 
 TowerTiles = Literal["all", "real"]
 
@@ -159,6 +160,34 @@ def _class_attention(layer: Any, states: Tensor, real: int, tokens: int) -> Tens
     key = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
     weights = (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1, dtype=torch.float32)
     return weights[..., :real].mean((1, 2))
+
+
+def encoded_images(
+    tiles: int, tokens: int, features: Tensor, class_attention: Tensor | None, clustering: Clustering | None
+) -> list[Encoded]:
+    """What the engine holds of images that have ``tiles`` real tiles of ``tokens`` each.
+
+    Args:
+        features: (B, n, width), the real tiles' first.
+        class_attention: (B, real tiles × tokens) float32, where the policy looks at it.
+        clustering: by what real tiles' features are merged; padding never joins. What is merged has no padding any more.
+    """
+    real = features[:, : tiles * tokens]
+    merged = merge_clusters(real, clustering(real)) if clustering is not None else [None] * len(features)
+    encoded = []
+    for number, (whole, one) in enumerate(zip(features, merged, strict=True)):
+        attention = None if class_attention is None else class_attention[number]
+        clusters = None
+        if one is not None and len(one.places) < real.shape[1]:
+            whole = one.features
+            if attention is not None:
+                attention = sum_of_runs(attention[one.cluster.argsort(stable=True)], one.sizes.long())
+            clusters = Clusters(one.sizes.cpu(), one.places.cpu(), one.cluster.cpu())
+        # Views would keep all of the batch's images.
+        alone = len(features) == 1
+        attention = attention if attention is None or alone else attention.clone()
+        encoded.append(Encoded(tiles, whole if alone else whole.clone(), attention, clustering, clusters))
+    return encoded
 
 
 class ImageCache:

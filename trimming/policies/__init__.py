@@ -1,5 +1,6 @@
 """Which visual features stay: one small file a policy."""
 
+from trimming.policies.clusters import Clusters
 from trimming.policies.divprune import DivPrune
 from trimming.policies.elastic import ElasticCache
 from trimming.policies.fastv import FastV
@@ -16,6 +17,7 @@ from trimming.policies.weighted_farthest import WeightedFarthest
 from trimming.policies.zipvl import ZipVL
 
 __all__ = [
+    "Clusters",
     "DivPrune",
     "ElasticCache",
     "FastV",

@@ -25,6 +25,13 @@ class ElasticCache(KeepShare):
     where: ClassVar[Where] = "each_layer"
     merges: ClassVar[bool] = True
 
+    weighted: bool = False
+    """Whether a feature counts as often as it has members (``weighs``), which the paper's does not."""
+
+    @property
+    def weighs(self) -> bool:  # type: ignore[override]
+        return self.weighted
+
     def score(self, context: VisualContext) -> Tensor:
         return given(context.attention, "a layer's attention").sum(1, keepdim=True)
 

@@ -1,7 +1,7 @@
 """The shape all policies share: where it looks, how it scores, how much it keeps, how it picks, what it does with the rest.
 
 ``select`` puts the first four together; what is not kept is dropped, or merged into what is (``merge``), and of the keys that
-are kept some channels may go too (``channels``).
+are kept some channels may go too (``channels``). Before all of it alike features of an image may be merged (``clustering``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from trimming.clustering import Clustering
 from trimming.selection import at_least_one_per_image, ratio_budget, top_k
 
 Where = Literal["features", "first_layer", "each_layer"]
@@ -24,7 +25,8 @@ class VisualContext:
     """What a policy may look at. N = images × tiles × tokens positions."""
 
     valid: Tensor
-    """(B, N) bool: features of real tiles that some text row sees."""
+    """(B, N) bool: features of real tiles that some text row sees; of a cluster (``Policy.clustering``) the place of the
+    first member, which stands for all of it."""
     images: int
     tiles: int
     """Tiles an image, padding tiles counted in."""
@@ -59,6 +61,12 @@ class Policy(ABC):
     """Text rows that ``recent`` sums over, from the prompt's end."""
     merges: ClassVar[bool] = False
     """Whether ``merge`` says where dropped features go."""
+    weighs: ClassVar[bool] = False
+    """Whether what stands for s features counts s times in every attention to it: log s is added to its logits, as in ToMe's
+    proportional attention (arXiv 2210.09461, section 3). Attention to means is then what attention to all members would be,
+    had each of them their mean for a feature."""
+    clustering: ClassVar[Clustering | None] = None
+    """How features of an image are merged as soon as it is encoded, before ``select`` is asked; None: they are not."""
     slices: ClassVar[bool] = False
     """Whether ``channels`` leaves some out."""
 

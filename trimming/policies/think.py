@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
+from trimming.policies.around import Around
 from trimming.policies.keep_all import KeepAll
-from trimming.policies.policy import Look, Policy, VisualContext, Where, check_ratio
+from trimming.policies.policy import Policy, check_ratio
 
 
 @dataclass(frozen=True)
-class ThinK(Policy):
+class ThinK(Around):
     """Each layer's every head of keys keeps the channels with the largest product of norms, of the prompt's queries and of the
     kept keys, ‖Q_i‖ · ‖K_i‖ = ‖Q_i K_iᵀ‖_F (equation 2); queries are cut alike when decoding, and scaled as for all channels.
 
@@ -24,40 +26,12 @@ class ThinK(Policy):
     """Share of the key channels, in (0, 1]."""
     policy: Policy = field(default_factory=KeepAll)
 
-    slices = True
+    slices: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ratio("keep", self.keep)
         if self.policy.slices:
             raise ValueError("the channels of keys can be cut once: give a policy that leaves them whole")
-
-    @property
-    def where(self) -> Where:  # type: ignore[override]
-        return self.policy.where
-
-    @property
-    def looks_at(self) -> frozenset[Look]:  # type: ignore[override]
-        return self.policy.looks_at
-
-    @property
-    def recent_rows(self) -> int:  # type: ignore[override]
-        return self.policy.recent_rows
-
-    @property
-    def merges(self) -> bool:  # type: ignore[override]
-        return self.policy.merges
-
-    def score(self, context: VisualContext) -> Tensor:
-        return self.policy.score(context)
-
-    def budget(self, context: VisualContext) -> Tensor:
-        return self.policy.budget(context)
-
-    def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
-        return self.policy.pick(scores, budget, context)
-
-    def merge(self, kept: Tensor, context: VisualContext) -> Tensor:
-        return self.policy.merge(kept, context)
 
     def key_width(self, head_dim: int) -> int:
         return max(1, round(self.keep * head_dim))

@@ -31,6 +31,13 @@ class VisionZip(KeepShare):
     looks_at: ClassVar[frozenset[Look]] = frozenset({"class_attention", "features"})
     merges: ClassVar[bool] = True
 
+    weighted: bool = False
+    """Whether a contextual feature counts as often as it has members (``weighs``), which the paper's does not."""
+
+    @property
+    def weighs(self) -> bool:  # type: ignore[override]
+        return self.weighted
+
     def score(self, context: VisualContext) -> Tensor:
         return given(context.class_attention, "the class tokens' attention")[:, None]
 

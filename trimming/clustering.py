@@ -1,0 +1,127 @@
+"""Merging features of an image that are alike, before any text is read: which belong together, and what stands for them.
+
+Shapes: B images of one size, n features each, of width w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NEIGHBOURS = 5
+"""Nearest features, itself among them, whose mean distance says how densely a feature's place is populated."""
+MAP_ELEMENTS = 1 << 26
+"""Elements of the maps of distances that are worked on at once, but for one image's: 256 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """Density peaks (Rodriguez and Laio, Science 344, 2014; with nearest neighbours for density: Du et al., 2016) over cosine
+    distances.
+
+    A feature is a centre if no denser one is near it: the ``keep`` × n with the largest product of density and distance to the
+    next denser one, or all whose next denser one is less alike than ``likeness``. Every feature joins the nearest centre.
+    One image alone decides, in a fixed number of products of matrices, whatever n is.
+
+    Exactly one of the two is given, in (0, 1].
+    """
+
+    keep: float | None = None
+    """Share of an image's features that stay, to the nearest, one at least; a cluster fewer where features are equal."""
+    likeness: float | None = None
+    """Cosine up to which two features count as one: busy images keep more."""
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.likeness is None):
+            raise ValueError(f"keep={self.keep!r} and likeness={self.likeness!r}: give one of them")
+        for name, value in (("keep", self.keep), ("likeness", self.likeness)):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value!r} must be above 0 and at most 1")
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, n) long: the cluster of each of ``features`` (B, n, w), numbered in the order of their first members."""
+        batch, count = features.shape[:2]
+        own = torch.arange(count, device=features.device).expand(batch, -1)
+        if self.keep is not None and round(self.keep * count) >= count:
+            return own
+        step = max(1, MAP_ELEMENTS // count**2)
+        return torch.cat([self._of(part) for part in features.split(step)])
+
+    def _of(self, features: Tensor) -> Tensor:
+        count = features.shape[1]
+        distances = cosine_distances(features)
+        crowded = distances.topk(min(NEIGHBOURS, count), dim=-1, largest=False).values.mean(-1)
+        # Of two that are as dense the earlier one counts as denser.
+        order = crowded.argsort(dim=-1, stable=True)
+        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(count, device=order.device).expand_as(order))
+        apart = distances.masked_fill(rank[:, None] >= rank[..., None], torch.inf).amin(-1)
+        if self.keep is not None:
+            worth = apart * (-crowded).exp()
+            stay = max(1, round(self.keep * count))
+            centres = worth.topk(stay, dim=-1).indices
+            found = distances.gather(-1, centres[:, None].expand(-1, count, -1))
+        else:
+            assert self.likeness is not None
+            found = distances.masked_fill((apart <= 1 - self.likeness)[:, None], torch.inf)
+        return _renumbered(found.argmin(-1))
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(B, n, n) float32: one minus the cosines of features (B, n, w)."""
+    if features.is_cuda and features.dtype in (torch.bfloat16, torch.float16):
+        # On tensor cores, and not rounded to the features' own type, in which likes of 0.99 would be one.
+        products = torch.bmm(features, features.mT, out_dtype=torch.float32)
+        lengths = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-12)
+        return 1 - products / lengths[..., None] / lengths[:, None]
+    unit = F.normalize(features.float(), dim=-1)
+    return torch.baddbmm(unit.new_ones(()), unit, unit.mT, alpha=-1)
+
+
+def _renumbered(cluster: Tensor) -> Tensor:
+    """(B, n) cluster numbers, any of 0 to n - 1, as numbers in the order of first members, without gaps."""
+    batch, count = cluster.shape
+    places = torch.arange(count, device=cluster.device).expand(batch, -1)
+    first = torch.full_like(cluster, count).scatter_reduce_(-1, cluster, places, "amin")
+    begins = first.gather(-1, cluster)
+    # A first member opens the next number.
+    return ((begins == places).cumsum(-1) - 1).gather(-1, begins)
+
+
+@dataclass(frozen=True, slots=True)
+class Clustered:
+    """What stands for one image's n features: k of them."""
+
+    features: Tensor
+    """(k, w): the mean of each cluster, in the features' own type."""
+    sizes: Tensor
+    """(k,) float32: how many features it stands for."""
+    places: Tensor
+    """(k,) long, ascending: the first of these."""
+    cluster: Tensor
+    """(n,) long: each feature's."""
+
+
+def merge_clusters(features: Tensor, cluster: Tensor) -> list[Clustered]:
+    """Each image's clusters, of features (B, n, w) and ``Clustering``'s numbers (B, n).
+
+    The same on every run: sums go in the order of rows, not by atomic additions. Waits for the device once.
+    """
+    count = cluster.shape[1]
+    most = cluster.amax(-1) + 1
+    counts: list[int] = most.tolist()
+    flat = (cluster + (most.cumsum(0) - most)[:, None]).flatten()
+    order = flat.argsort(stable=True)
+    members = torch.zeros(sum(counts), dtype=torch.long, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
+    means = (sum_of_runs(features.flatten(0, 1)[order], members) / members[:, None]).to(features.dtype)
+    places = order[members.cumsum(0) - members] % count
+    parts = zip(means.split(counts), members.float().split(counts), places.split(counts), cluster, strict=True)
+    return [Clustered(*each) for each in parts]
+
+
+def sum_of_runs(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of runs of ``rows`` (n, …), one behind the other, of ``lengths`` (k,): (k, …) float32."""
+    # ``unsafe`` leaves out a look at the lengths, for which the host would wait.
+    return torch.segment_reduce(rows.float(), "sum", lengths=lengths, unsafe=True)
