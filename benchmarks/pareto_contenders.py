@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from trimming import (
+    Clusters,
     DivPrune,
     ElasticCache,
     FastV,
@@ -69,10 +70,14 @@ POLICIES = (
     Contender("zipvl", lambda mass: ZipVL(mass=mass), parameter=None),
     Contender("snapkv", lambda keep: SnapKV(keep=keep)),
     Contender("elastic", lambda keep: ElasticCache(keep=keep)),
+    Contender("elastic-weighted", lambda keep: ElasticCache(keep=keep, weighted=True)),
     Contender("divprune", lambda keep: DivPrune(keep=keep)),
     Contender("visionzip", lambda keep: VisionZip(keep=keep)),
+    Contender("visionzip-weighted", lambda keep: VisionZip(keep=keep, weighted=True)),
     Contender("weighted-farthest", lambda keep: WeightedFarthest(keep=keep)),
     Contender("spread", lambda keep: Spread(keep=keep)),
+    Contender("clusters", lambda likeness: Clusters(likeness=likeness), parameter=None),
+    Contender("clusters, a share", lambda keep: Clusters(keep=keep)),
     Contender("think", lambda channels: ThinK(keep=channels), parameter=of_channels),
     Contender("random", lambda keep: Random(keep=keep), control=True),
     Contender("grid", lambda keep: Grid(keep=keep), control=True),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIOS = (0.4, 0.25, 0.15, 0.1, 0.05)
+LIKENESSES = (0.95, 0.9, 0.85)
+"""Of clusters."""
 CONTROLLED = (0.25, 0.15, 0.05)
 """The K with controls, which are shown by kind of question."""
 WEAK = 0.80
@@ -43,7 +45,7 @@ WEAK = 0.80
 PROGRESS_ROWS = 64
 ELSEWHERE = {Path("engine/cuda.py"), Path("engine/triton_attention.py")}
 """Modules of ``trimming`` that only a GPU runs."""
-WITHOUT_CONTROLS = {f"{name} {k}" for name in ("trimmed-llama", "by-question") for k in K_RATIOS if k not in CONTROLLED}
+ONLY_SETS = {f"trimmed-llama {k}" for k in K_RATIOS if k not in CONTROLLED} | {f"by-question {k}" for k in K_RATIOS}
 """Configurations that only the tables of kept sets show."""
 
 Result = dict[str, Any]
@@ -95,23 +97,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def labels() -> Iterator[str]:
     """What is measured: everything kept, exactly and by the tower's approximation; for each K the method with one kept set an
-    image and with one a question, and the controls, named after the K whose kept fraction they match."""
+    image and with one a question, and the controls, named after the K whose kept fraction they match; clusters by likeness."""
     yield from ("full", "real-tiles")
     for k in K_RATIOS:
         yield from (f"trimmed-llama {k}", f"by-question {k}")
         if k in CONTROLLED:
             yield from (f"random {k}", f"grid {k}")
+    yield from (f"clusters {likeness}" for likeness in LIKENESSES)
 
 
 def policy_of(label: str, results: dict[str, Result]) -> Policy:
     """The policy of a column; a control takes the kept fraction that ``results`` has for its trimmed-llama."""
-    from trimming import Grid, KeepAll, Random, TrimmedLlama
+    from trimming import Clusters, Grid, KeepAll, Random, TrimmedLlama
 
     name, _, k = label.partition(" ")
     if name in ("full", "real-tiles"):
         return KeepAll()
     if name in ("trimmed-llama", "by-question"):
         return TrimmedLlama(k_ratio=float(k))
+    if name == "clusters":
+        return Clusters(likeness=float(k))
     keep = results[f"trimmed-llama {k}"]["keep_fraction"]
     return Random(keep=keep) if name == "random" else Grid(keep=keep)
 
@@ -186,6 +191,7 @@ def identity(model: Path, rows: dict[str, int]) -> Result:
         "code_sha256": digest(code()),
         "rows": rows,
         "k_ratios": list(K_RATIOS),
+        "likenesses": list(LIKENESSES),
     }
 
 
@@ -237,7 +243,7 @@ def markdown(report: Result) -> str:
     """Tables, the kinds that fall short, and the conditions."""
     lines = ["Share of answers that are right as a whole, in %, by kind of question; captions must be exact."]
     for name, results in report["results"].items():
-        shown = {label: results[label] for label in results if label not in WITHOUT_CONTROLS}
+        shown = {label: results[label] for label in results if label not in ONLY_SETS}
         lines += ["", f"**{name}**, {results['full']['rows']:,} questions", "", *accuracy_table(shown)]
         lines += ["", f"Kinds under {WEAK:.0%}:", ""]
         for label, result in shown.items():
@@ -249,7 +255,8 @@ def markdown(report: Result) -> str:
     lines += [
         "",
         "K: trimmed-llama with one kept set for all questions about an image. by question: the same K with a kept set for each "
-        "question. random and grid: at the kept fraction measured for the K on their left.",
+        "question. random and grid: at the kept fraction measured for the K on their left. clusters: features of an image "
+        "merged up to this likeness, whatever is asked, each mean counting as often as it has members.",
         "",
         "lost: percentage points below full on the same rows, with a 95 % interval (bootstrap over images).",
         "",
@@ -308,7 +315,7 @@ COSTS: dict[str, Callable[[Result], float]] = {
 
 def heading(label: str) -> str:
     name, _, k = label.partition(" ")
-    return f"K = {k}" if name == "trimmed-llama" else name.replace("-", " ")
+    return {"trimmed-llama": f"K = {k}", "clusters": label}.get(name, name.replace("-", " "))
 
 
 def interval(lost: Result) -> str:

@@ -32,6 +32,7 @@ def parser() -> ArgumentParser:
     add("--price", type=float | None, help="dollars an hour for each GPU; default: none, and then no dollars")
     add("--k-ratio", type=float | None, help="Trimmed-Llama's K; default: the run's of --from, else 0.25")
     add("--keep", type=float | None, help="the kept fraction itself, instead of K")
+    add("--merged", action="store_true", help="--keep is what clusters leave, merged before any question is read")
     add(
         "--kept-sets",
         type=Literal["image", "question"] | None,

@@ -50,7 +50,7 @@ def count(number: int, thing: str) -> str:
 
 def heading(plan: Plan) -> str:
     config = plan.config
-    options = "".join(f" {name}={value:g}" for name, value in config.policy_options.items())
+    options = "".join(f" {name}={value:g}" for name, value in config.policy_options.items() if value)
     done = f", {len(plan.finished)} of them finished before" if plan.finished else ""
     parts = f"{count(plan.rows, 'row')} in {count(len(plan.shards), 'shard')}, {count(len(plan.units), 'unit')}{done}"
     tiles = f", up to {count(config.max_tiles, 'tile')} an image" if config.max_tiles is not None else ""

@@ -13,7 +13,7 @@ TowerTiles = Literal["all", "real"]
 KeptSets = Literal["image", "question"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-POLICIES: dict[str, tuple[str, dict[str, float]]] = {
+POLICIES: dict[str, tuple[str, dict[str, float | None]]] = {
     "none": ("KeepAll", {}),
     "trimmed-llama": ("TrimmedLlama", {"k_ratio": 0.25}),
     "random": ("Random", {"keep": 0.5}),
@@ -22,16 +22,17 @@ POLICIES: dict[str, tuple[str, dict[str, float]]] = {
     "zipvl": ("ZipVL", {"mass": 0.95}),
     "snapkv": ("SnapKV", {"keep": 0.5}),
     "csp": ("SnapKV", {"keep": 0.5}),
-    "elastic": ("ElasticCache", {"keep": 0.5}),
+    "elastic": ("ElasticCache", {"keep": 0.5, "weighted": False}),
     "divprune": ("DivPrune", {"keep": 0.5}),
-    "visionzip": ("VisionZip", {"keep": 0.5}),
+    "visionzip": ("VisionZip", {"keep": 0.5, "weighted": False}),
     "weighted-farthest": ("WeightedFarthest", {"keep": 0.5}),
     "think": ("ThinK", {"keep": 0.5}),
     "spread": ("Spread", {"keep": 0.5}),
+    "clusters": ("Clusters", {"likeness": 0.9, "keep": None}),
 }
-"""By the name that ``--policy`` takes: its class in ``trimming``, and its options with their defaults. A new policy is a line
-here."""
-POLICY_OPTIONS: dict[str, dict[str, float]] = {name: options for name, (_, options) in POLICIES.items()}
+"""By the name that ``--policy`` takes: its class in ``trimming``, its options and their defaults; one of None stands in the
+others' place where it is given. A new policy is a line here."""
+POLICY_OPTIONS: dict[str, dict[str, float | None]] = {name: options for name, (_, options) in POLICIES.items()}
 
 if TYPE_CHECKING:
     PolicyName = str
@@ -45,6 +46,8 @@ _DECIDES = (
     "k_ratio",
     "keep",
     "mass",
+    "likeness",
+    "weighted",
     "key_channels",
     "kept_sets",
     "rows",
@@ -100,10 +103,17 @@ class RunConfig:
 
     keep: float | None = None
     """All policies but none, trimmed-llama and zipvl: share of the visual tokens kept (think: of the key channels),
-    0 < keep <= 1; default 0.5."""
+    0 < keep <= 1; default 0.5, for clusters what ``likeness`` leaves."""
 
     mass: float | None = None
     """zipvl: share of each layer's attention that what it keeps holds, 0 < mass <= 1; default 0.95."""
+
+    likeness: float | None = None
+    """clusters: cosine up to which an image's visual tokens count as one, 0 < likeness <= 1; default 0.9."""
+
+    weighted: bool | None = None
+    """elastic and visionzip: whether a merged visual token counts as often as it has members; default: it counts once, as the
+    papers have it."""
 
     key_channels: float | None = None
     """Share of the channels of the kept keys that stay, with any policy (ThinK), 0 < share <= 1; default: all."""
@@ -189,7 +199,7 @@ class RunConfig:
     part the rows of one image."""
 
     write_kept: bool = False
-    """Also write each row's kept positions and its images' tile grids."""
+    """Also write each row's kept positions, what each position was merged into, and its images' tile grids."""
 
     partition: str | None = None
     """``i/n``: only the i-th of n parts of the units, for independent jobs that share an output folder."""
@@ -275,21 +285,25 @@ class RunConfig:
             raise ValueError(f"key_channels={self.key_channels} must lie in (0, 1]; leave it out to keep all channels")
         if self.key_channels is not None and self.policy == "think":
             raise ValueError(f"key_channels={self.key_channels} and policy='think' cut the same channels; give one of them")
-        for name in ("k_ratio", "keep", "mass"):
+        if self.keep is not None and self.likeness is not None and {"keep", "likeness"} <= takes.keys():
+            raise ValueError(f"keep={self.keep} and likeness={self.likeness} both say how much stays; give one of them")
+        for name in ("k_ratio", "keep", "mass", "likeness", "weighted"):
             value = getattr(self, name)
             if value is None:
                 continue
             if name not in takes:
                 users = [policy for policy, options in POLICY_OPTIONS.items() if name in options]
                 raise ValueError(f"{name}={value} means nothing to policy={self.policy!r}; drop it, or use policy={users[0]!r}")
-            if not 0 < value <= 1:
+            if name != "weighted" and not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must lie in (0, 1]; policy='none' keeps everything")
 
     @property
-    def policy_options(self) -> dict[str, float]:
-        """The policy's own options with their defaults filled in."""
-        given = {name: getattr(self, name) for name in POLICY_OPTIONS[self.policy]}
-        return {name: POLICY_OPTIONS[self.policy][name] if value is None else value for name, value in given.items()}
+    def policy_options(self) -> dict[str, float | None]:
+        """The policy's own options with their defaults filled in; None for what another one stands in the place of."""
+        defaults = POLICY_OPTIONS[self.policy]
+        given = {name: getattr(self, name) for name in defaults if getattr(self, name) is not None}
+        replaced = any(defaults[name] is None for name in given)
+        return {name: given.get(name, None if replaced else default) for name, default in defaults.items()}
 
     def recorded(self) -> dict[str, Any]:
         """The resolved configuration as JSON values, without anything that may hold a secret."""

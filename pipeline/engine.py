@@ -47,6 +47,7 @@ class Answer:
     cross_kv_bytes: int
     self_kv_bytes: int
     kept: Sequence[int]
+    merged_into: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +152,7 @@ class Engine:
             cross_kv_bytes=trim.cross_kv_bytes,
             self_kv_bytes=trim.self_kv_bytes + completion.output_tokens * self._token_bytes,
             kept=trim.kept.tolist(),
+            merged_into=None if trim.merged_into is None else trim.merged_into.tolist(),
         )
 
     @property

@@ -27,7 +27,7 @@ STATS = "stats"
 
 ID, TEXT, FINISH_REASON, ERROR = "id", "text", "finish_reason", "error"
 IMAGES, IMAGE_DIGEST, KEEP_FRACTION = "images", "image_digest", "keep_fraction"
-KEPT, TILE_GRID = "kept", "tile_grid"
+KEPT, MERGED_INTO, TILE_GRID = "kept", "merged_into", "tile_grid"
 
 TILE_GRID_TYPE = pa.list_(pa.struct([("columns", pa.int32()), ("rows", pa.int32())]))
 
@@ -48,7 +48,11 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("cross_kv_bytes", pa.int64()),
     pa.field("self_kv_bytes", pa.int64()),
 )
-KEPT_FIELDS: tuple[pa.Field, ...] = (pa.field(KEPT, pa.list_(pa.int32())), pa.field(TILE_GRID, TILE_GRID_TYPE))
+KEPT_FIELDS: tuple[pa.Field, ...] = (
+    pa.field(KEPT, pa.list_(pa.int32())),
+    pa.field(MERGED_INTO, pa.list_(pa.int32())),
+    pa.field(TILE_GRID, TILE_GRID_TYPE),
+)
 _RESERVED = frozenset(f.name for f in OUTPUT_FIELDS + KEPT_FIELDS)
 
 # One image on its way: its file's bytes, or why they could not be had.

@@ -84,9 +84,29 @@ def test_the_veil_covers_exactly_the_dropped_patches_of_a_shrunk_image() -> None
     assert (np.array(TINY.veil(shown, (160, 160), [], (1, 1)))[..., 0] < 200).all(), "no seam between veiled patches"
 
 
+def test_regions_have_a_colour_each_and_lines_between() -> None:
+    """The left half of the patches is one feature, the right half another, but for one that went."""
+    shown = Image.new("RGB", (160, 160), (255, 255, 255))
+    into = [0, *(1 if (token - 1) % 8 < 4 else 5 for token in range(1, TINY.tokens))]
+    into[TINY.tokens - 1] = -1
+    drawn = np.array(TINY.regions(shown, (160, 160), into, (1, 1)))
+    # Patches have 20 pixels here: their middles.
+    middles = drawn[10::20, 10::20]
+    colours = [{tuple(colour) for colour in half.reshape(-1, 3)} for half in (middles[:, :4], middles[:-1, 4:])]
+    assert [len(each) for each in colours] == [1, 1]
+    assert colours[0] != colours[1]
+    assert middles[-1, -1].max() < 120, "what went is veiled"
+    edges = drawn.min(-1) > 230
+    assert edges[:140, 80].all()
+    assert not edges[:140, 20].any()
+
+
 def test_positions_of_a_second_image_count_from_its_own_first() -> None:
     stride = 4 * TINY.tokens
     assert TINY.of_image([0, 7, stride, stride + 3, 2 * stride], 1) == [0, 3]
+    into = [0] * stride + [stride, stride + 2, -1] + [-1] * (stride - 3)
+    assert TINY.merged_in_image(into, 1) == [0, 2, -1] + [-1] * (stride - 3)
+    assert TINY.merged_in_image(into, 0) == [0] * stride
 
 
 @pytest.mark.parametrize("config", [{}, {"vision_config": {"image_size": 112}}, {"vision_config": None}])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from PIL import ImageChops
+from PIL import Image, ImageChops
 
 from demo import scenes
-from demo.scenes import Object, Scene
+from demo.photographs import NAMES, Crop, photograph
+from demo.scenes import FLAT, PHOTO, STYLES, Object, Scene, Style
 
 MANY = 300
 
@@ -27,9 +30,14 @@ def all_questions(scene: Scene, kind: str) -> dict[str, set[str]]:
     return found
 
 
+@pytest.fixture(scope="module", params=STYLES)
+def style(request: pytest.FixtureRequest) -> Style:
+    return STYLES[request.param]
+
+
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, list[Scene]]:
-    return {split: [scenes.scene(split, i) for i in range(MANY)] for split in ("train", "test")}
+def drawn(style: Style) -> dict[str, list[Scene]]:
+    return {split: [scenes.scene(split, i, style=style) for i in range(MANY)] for split in ("train", "test")}
 
 
 @pytest.fixture
@@ -43,39 +51,77 @@ def hand_made() -> Scene:
     return Scene(112, 112, (240, 240, 240), objects, tuple(scenes.COLORS[o.color] for o in objects))
 
 
-def test_no_training_scene_holds_a_held_out_combination_and_every_test_scene_does(drawn: dict[str, list[Scene]]) -> None:
-    assert not any(scenes.held_out(*c) for scene in drawn["train"] for c in combinations(scene))
-    assert all(any(scenes.held_out(*c) for c in combinations(scene)) for scene in drawn["test"])
+def test_no_training_scene_holds_a_held_out_combination_and_every_test_scene_does(
+    drawn: dict[str, list[Scene]], style: Style
+) -> None:
+    assert not any(scenes.held_out(*c, style) for scene in drawn["train"] for c in combinations(scene))
+    assert all(any(scenes.held_out(*c, style) for c in combinations(scene)) for scene in drawn["test"])
 
 
-def test_drills_keep_the_split_and_mark_every_object() -> None:
+def test_no_photograph_lies_behind_scenes_of_both_splits() -> None:
+    assert not set(NAMES["train"]) & set(NAMES["test"])
+    for split in ("train", "test"):
+        behind = [scenes.scene(split, i, style=PHOTO).background for i in range(MANY)]
+        found = {crop.name for crop in behind if isinstance(crop, Crop)}
+        assert found <= set(NAMES[split])
+        assert len(found) > 0.9 * len(NAMES[split])
+
+
+def test_photographs_of_the_test_split_ride_in_the_environment() -> None:
+    for name in NAMES["test"]:
+        assert min(photograph(name).size) >= 200
+        assert max(photograph(name).size) <= 640
+
+
+def test_a_photograph_that_is_missing_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("demo.photographs.FOLDER", tmp_path)
+    photograph.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"python -m demo\.photographs"):
+        scenes.draw(scenes.scene("train", 0, style=PHOTO))
+
+
+def test_a_crop_is_a_part_of_its_photograph() -> None:
+    whole = photograph("skimage/data/astronaut.png")
+    full = Crop("skimage/data/astronaut.png", 1.0, 0.0, 0.0, mirrored=False)
+    assert ImageChops.difference(full.image(whole.size), whole).getbbox() is None
+    corner = Crop("skimage/data/astronaut.png", 0.5, 1.0, 1.0, mirrored=False)
+    half = tuple(side // 2 for side in whole.size)
+    wanted = whole.crop((whole.width - half[0], whole.height - half[1], *whole.size))
+    assert ImageChops.difference(corner.image(half), wanted).getbbox() is None
+    mirrored = replace(full, mirrored=True).image(whole.size)
+    assert ImageChops.difference(mirrored, whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).getbbox() is None
+
+
+def test_drills_keep_the_split_and_mark_every_object(style: Style) -> None:
     for index in range(60):
-        drill = scenes.scene("train", index, drill=True)
-        assert not any(scenes.held_out(*c) for c in combinations(drill))
+        drill = scenes.scene("train", index, drill=True, style=style)
+        assert not any(scenes.held_out(*c, style) for c in combinations(drill))
         assert all(item.glyph for item in drill.objects)
         assert max(drill.width, drill.height) <= scenes.TILE
 
 
-def test_held_out_combinations_leave_every_shape_color_and_glyph_in_training() -> None:
-    everything = [(s, c, g) for s in scenes.SHAPES for c in scenes.COLORS for g in scenes.GLYPHS]
-    trained = [c for c in everything if not scenes.held_out(*c)]
+def test_held_out_combinations_leave_every_shape_color_and_glyph_in_training(style: Style) -> None:
+    marks = [mark for alphabet in style.marks for mark in alphabet]
+    everything = [(s, c, g) for s in scenes.SHAPES for c in scenes.COLORS for g in marks]
+    trained = [c for c in everything if not scenes.held_out(*c, style)]
     assert 0.1 < 1 - len(trained) / len(everything) < 0.2
     assert {c[0] for c in trained} == set(scenes.SHAPES)
     assert {c[1] for c in trained} == set(scenes.COLORS)
-    assert {c[2] for c in trained} == set(scenes.GLYPHS)
+    assert {c[2] for c in trained} == set(marks)
 
 
-def test_a_scene_is_decided_by_split_and_index() -> None:
-    again = scenes.scene("test", 17)
-    assert again == scenes.scene("test", 17)
-    assert again != scenes.scene("test", 18)
-    assert again != scenes.scene("train", 17)
-    assert ImageChops.difference(scenes.draw(again), scenes.draw(scenes.scene("test", 17))).getbbox() is None
+def test_a_scene_is_decided_by_style_split_and_index(style: Style) -> None:
+    again = scenes.scene("test", 17, style=style)
+    assert again == scenes.scene("test", 17, style=style)
+    assert again != scenes.scene("test", 18, style=style)
+    assert again != scenes.scene("train", 17, style=style)
+    assert again != scenes.scene("test", 17, style=PHOTO if style is FLAT else FLAT)
+    assert ImageChops.difference(scenes.draw(again), scenes.draw(scenes.scene("test", 17, style=style))).getbbox() is None
 
 
-def test_scenes_hold_two_to_six_objects_from_left_to_right_without_twins(drawn: dict[str, list[Scene]]) -> None:
+def test_scenes_hold_objects_from_left_to_right_without_twins(drawn: dict[str, list[Scene]], style: Style) -> None:
     both = drawn["train"] + drawn["test"]
-    assert {len(scene.objects) for scene in both} == {2, 3, 4, 5, 6}
+    assert {len(scene.objects) for scene in both} == set(range(style.fewest, max(style.most.values()) + 1))
     for scene in both:
         assert [o.x for o in scene.objects] == sorted(o.x for o in scene.objects)
         assert len({o.name for o in scene.objects}) == len(scene.objects)

@@ -13,7 +13,7 @@ import pytest
 from demo import answerer, table
 from demo.shards import EASY_VQA_QUESTIONS, Row
 from pipeline.engine import Answer
-from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama
+from trimming import Clusters, Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.engine import Statistics
 
 MODEL = table.ROOT / "demo/model"
@@ -88,7 +88,7 @@ def test_each_k_has_both_kinds_of_kept_sets_and_three_have_controls() -> None:
         "by-question 0.25",
     ]
     assert labels[6:8] == ["random 0.25", "grid 0.25"]
-    assert len(labels) == 18
+    assert labels[18:] == ["clusters 0.95", "clusters 0.9", "clusters 0.85"]
     assert [label for label in labels if table.tower_tiles_of(label) == "real"] == ["real-tiles"]
     assert {label for label in labels if table.kept_sets_of(label) == "question"} == {
         f"by-question {k}" for k in table.K_RATIOS
@@ -100,6 +100,7 @@ def test_controls_take_the_kept_fraction_that_was_measured() -> None:
     assert table.policy_of("full", results) == table.policy_of("real-tiles", results) == KeepAll()
     assert table.policy_of("trimmed-llama 0.15", results) == TrimmedLlama(k_ratio=0.15)
     assert table.policy_of("by-question 0.15", results) == TrimmedLlama(k_ratio=0.15)
+    assert table.policy_of("clusters 0.9", results) == Clusters(likeness=0.9)
     assert table.policy_of("random 0.15", results) == Random(keep=0.4567)
     assert table.policy_of("grid 0.15", results) == Grid(keep=0.4567)
 
@@ -121,14 +122,15 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert scenes["random 0.05"]["policy"] == "Random(keep=0.5, seed=0)"
     assert report["conditions"]["dtype"] == "float32"
     page = (tmp_path / "results/accuracy.md").read_text()
-    assert "| question | rows | full | real tiles | K = 0.25 | by question | random | grid | K = 0.15 |" in page
+    assert "| question | rows | full | real tiles | K = 0.25 | random | grid | K = 0.15 | random | grid |" in page
+    assert "| clusters 0.95 | clusters 0.9 | clusters 0.85 |" in page
     assert "| color | 4 | 100.0 |" in page
     assert "| on images of 3 tiles | 6 | 33.3 | 33.3 | 16.7 |" in page
     assert "| lost |  |  | 0.0 (0.0 to 0.0) | 16.7 (16.7 to 16.7) |" in page
     assert "easy-vqa-test (50 on 1 tile): the tower takes 12.0 s for its 4 images, 3.0 s with real tiles." in page
     assert "| all but captions | 20 | 40.0 |" in page
     assert "| features kept |  | 100.0 | 100.0 | 50.0 |" in page
-    assert "| peak held |  | 1.00 × | 1.00 × | 0.50 × | 0.75 × | 0.50 × |" in page
+    assert "| peak held |  | 1.00 × | 1.00 × | 0.50 × | 0.50 × | 0.50 × |" in page
     assert "- full: caption 0.0, count 0.0, letter 0.0, position 0.0\n" in page
     assert "saved" not in page
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from demo import scenes, train
 from demo.architecture import build_processor
+from demo.scenes import FLAT, PHOTO, Style
 from demo.train import Sampler, easy_pictures, easy_vqa_texts, scene_picture
 
 EASY_PICTURES = 40
@@ -32,7 +34,7 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     asked: set[str] = set()
     draw, read = train.scenes.scene, train.easy_vqa.questions
 
-    def scene(split: str, *arguments: int) -> scenes.Scene:
+    def scene(split: str, *arguments: Any) -> scenes.Scene:
         asked.add(f"scenes/{split}")
         return draw(split, *arguments)
 
@@ -94,34 +96,36 @@ def test_batches_follow_from_the_seed_and_the_step_alone() -> None:
     def texts(sampler: Sampler, step: int) -> list[list[tuple[str, str]]]:
         return [p.texts for batch in sampler.micro_batches(step, "language", step) for p in batch]
 
-    first, second = (Sampler(pictures, drills, easy, seed=0) for _ in range(2))
+    batch = train.BATCH[FLAT]
+    first, second = (Sampler(pictures, drills, easy, 0, batch) for _ in range(2))
     texts(first, 1)
     assert texts(first, 7) == texts(second, 7)
     assert texts(first, 7) != texts(first, 8)
-    assert texts(first, 7) != texts(Sampler(pictures, drills, easy, seed=1), 7)
-    for batch in first.micro_batches(7, "language", 7):
-        assert len({len(picture.tiles) for picture in batch}) == 1
-        assert all(p.texts[-1][0] == scenes.CAPTION_PROMPT for p in batch if p.labels is not None)
+    assert texts(first, 7) != texts(Sampler(pictures, drills, easy, 1, batch), 7)
+    for micro in first.micro_batches(7, "language", 7):
+        assert len({len(picture.tiles) for picture in micro}) == 1
+        assert all(p.texts[-1][0] == scenes.CAPTION_PROMPT for p in micro if p.labels is not None)
 
 
-def test_patch_labels_tell_what_the_drawing_knows() -> None:
-    processor = build_processor(easy_vqa_texts())
-    picture = scene_picture(processor, "train", 3, seed=0)
-    scene = scenes.scene("train", 3)
+@pytest.mark.parametrize(("style", "index"), [(FLAT, 3), (PHOTO, 1), (PHOTO, 4)], ids=lambda given: getattr(given, "name", ""))
+def test_patch_labels_tell_what_the_drawing_knows(style: Style, index: int) -> None:
+    """Of the test split, whose photographs are there."""
+    processor = build_processor(easy_vqa_texts(), style)
+    picture, scene = scene_picture(processor, "test", index, 0, style), scenes.scene("test", index, style=style)
     assert picture.labels is not None
-    assert picture.labels.shape == (len(picture.tiles) * train.PATCHES, len(train.PATCH_LABELS))
+    names = list(train.label_classes(style))
+    assert picture.labels.shape == (len(picture.tiles) * (scenes.TILE // style.patch) ** 2, len(names))
     found = {tuple(row) for row in picture.labels.tolist() if row[0] > 0}
     ranks = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].y)
-    assert found == {
-        (
-            1 + scenes.SHAPES.index(o.shape),
-            1 + list(scenes.COLORS).index(o.color),
-            1 + scenes.GLYPHS.index(o.glyph) if o.glyph else 0,
-            1 + index,
-            1 + ranks.index(index),
-        )
-        for index, o in enumerate(scene.objects)
-    }
+    first = list(dict.fromkeys(mark[0] for marks in style.marks for mark in marks))
+    wanted = set()
+    for number, o in enumerate(scene.objects):
+        glyph = [1 + first.index(o.glyph[0]) if o.glyph else 0]
+        glyph += [1 + int(o.glyph[1]) if len(o.glyph) > 1 else 0] if style is PHOTO else []
+        named = (1 + scenes.SHAPES.index(o.shape), 1 + list(scenes.COLORS).index(o.color), *glyph)
+        wanted.add((*named, 1 + number, 1 + ranks.index(number)))
+    assert found == wanted
+    assert all(max(row[column] for row in wanted) < train.label_classes(style)[name] for column, name in enumerate(names))
 
 
 def test_easy_vqa_pictures_are_grouped_with_their_questions() -> None:

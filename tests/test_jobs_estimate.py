@@ -326,6 +326,19 @@ def test_who_decided_in_the_run_decides_in_the_estimate(kept_sets: str, tmp_path
     assert other["trimmed"]["cross_kv_bytes_read"] < 0.6 * other["full"]["cross_kv_bytes_read"]
 
 
+def test_merged_features_are_shared_and_cost_their_clustering(tmp_path: Path, costs: Costs) -> None:
+    """By a run of clusters, or as it is told; what stays is all that any layer sees."""
+    measured(tmp_path / "run", CPU, costs, keep=0.1, policy={"policy": "clusters", "likeness": 0.9, "kept_sets": "question"})
+    assert read(str(tmp_path / "run"), {}).merged
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"))
+    assert found["job"]["merged"]
+    asked = (*H100, "--questions", "5", "--keep", "0.1")
+    trimmed, merged = (built(tmp_path, *asked, *more)["trimmed"] for more in ((), ("--merged",)))
+    assert merged["stages"]["prefill"]["seconds"] < trimmed["stages"]["prefill"]["seconds"]
+    assert merged["stages"]["tower"]["seconds"] > trimmed["stages"]["tower"]["seconds"]
+    assert estimate.main([*asked[:-2], "--merged"]) == 2
+
+
 def test_a_run_that_waited_for_rows_is_told(tmp_path: Path, costs: Costs, capsys: pytest.CaptureFixture[str]) -> None:
     measured(tmp_path / "run", CPU, costs, actor_seconds=1000.0)
     _, out, _ = run(capsys, "--images", "1000", "--from", str(tmp_path / "run"), "--keep", "0.5", "--batch-size", "256")

@@ -150,6 +150,25 @@ def test_kept_positions_and_grids(config: Any, table: pa.Table, tmp_path: Any) -
             assert all(k // 65 % 4 < grids[k // (4 * 65)] for k in row["kept"])
 
 
+def test_each_position_has_its_cluster(config: Any, table: pa.Table, tmp_path: Any) -> None:
+    rows, stats = answer(config, table, tmp_path, policy="clusters", keep=0.1, write_kept=True)
+    assert stats["errors"] == len(BAD)
+    for row in rows:
+        if row["error"] is not None or not row["images"]:
+            assert row["merged_into"] is None
+            continue
+        into, grids = row["merged_into"], [g["columns"] * g["rows"] for g in row["tile_grid"]]
+        assert len(into) == len(grids) * 4 * 65
+        assert [k >= 0 for k in into] == [k // 65 % 4 < grids[k // (4 * 65)] for k in range(len(into))]
+        assert sorted(set(into) - {-1}) == row["kept"]
+        assert all(into[k] == k for k in row["kept"])
+        # Those of another image are others' own.
+        assert all(k < 0 or k // (4 * 65) == place // (4 * 65) for place, k in enumerate(into))
+        assert row["keep_fraction"] == pytest.approx(0.1, abs=0.01)
+    plain, _ = answer(config, table, tmp_path, policy="grid", write_kept=True)
+    assert all(row["merged_into"] is None for row in plain)
+
+
 def test_a_policy_of_the_family_by_name(config: Any, table: pa.Table, tmp_path: Any) -> None:
     """``snapkv`` keeps its share in every layer and head, ``key_channels`` half of the keys' channels of what is kept."""
     whole, _ = answer(config, table, tmp_path, policy="none")

@@ -85,8 +85,10 @@ def test_a_name_and_its_options_make_the_policy(name: str) -> None:
     import trimming
 
     kind, defaults = POLICIES[name]
-    given = dict.fromkeys(defaults, 0.125)
-    for config, options in ((RunConfig(**GIVEN, policy=name), defaults), (RunConfig(**GIVEN, policy=name, **given), given)):
+    switches = {option: True for option, value in defaults.items() if value is False}
+    given = {option: 0.125 for option, value in defaults.items() if value is not None and value is not False} | switches
+    for own in ({}, given):
+        config, options = RunConfig(**GIVEN, policy=name, **own), defaults | own
         policy = build_policy(config)
         assert type(policy) is getattr(trimming, kind)
         assert {option: getattr(policy, option) for option in options} == options
@@ -96,6 +98,36 @@ def test_a_name_and_its_options_make_the_policy(name: str) -> None:
         channels = RunConfig(**GIVEN, policy=name, key_channels=0.5)
         assert build_policy(channels) == trimming.ThinK(0.5, build_policy(RunConfig(**GIVEN, policy=name)))
         assert channels.decides_output() != RunConfig(**GIVEN, policy=name).decides_output()
+
+
+def test_clusters_go_by_likeness_or_by_a_share() -> None:
+    import trimming
+
+    for own, wanted in (
+        ({}, trimming.Clusters(likeness=0.9)),
+        ({"likeness": 0.95}, trimming.Clusters(likeness=0.95)),
+        ({"keep": 0.1}, trimming.Clusters(keep=0.1)),
+    ):
+        config = RunConfig(**GIVEN, policy="clusters", **own)
+        assert build_policy(config) == wanted
+        assert config.recorded()["likeness"] == wanted.likeness
+        assert config.recorded()["keep"] == wanted.keep
+    assert RunConfig(**GIVEN, policy="clusters").decides_output() != config.decides_output()
+    with pytest.raises(ValueError, match=r"keep=0\.1 and likeness=0\.9 both say"):
+        RunConfig(**GIVEN, policy="clusters", keep=0.1, likeness=0.9)
+    with pytest.raises(ValueError, match=r"likeness=0\.9 means nothing to policy='grid'; drop it, or use policy='clusters'"):
+        RunConfig(**GIVEN, policy="grid", likeness=0.9)
+    with pytest.raises(ValueError, match=r"likeness=1\.5 must lie in"):
+        RunConfig(**GIVEN, policy="clusters", likeness=1.5)
+
+
+def test_merging_policies_may_weigh() -> None:
+    import trimming
+
+    assert build_policy(RunConfig(**GIVEN, policy="elastic", weighted=True)) == trimming.ElasticCache(0.5, weighted=True)
+    assert build_policy(RunConfig(**GIVEN, policy="visionzip")) == trimming.VisionZip(0.5)
+    with pytest.raises(ValueError, match="weighted=True means nothing to policy='grid'"):
+        RunConfig(**GIVEN, policy="grid", weighted=True)
 
 
 def test_secrets_are_never_recorded() -> None:

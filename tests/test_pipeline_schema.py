@@ -21,7 +21,7 @@ def test_all_columns_but_the_image_pass_through_in_order() -> None:
     columns = plan(pa.field("n", pa.int64()), pa.field("answer", pa.string()))
     assert dict(columns.passed) == {"question": "question", "n": "n", "answer": "answer"}
     assert columns.output(write_kept=False).names == ["question", "n", "answer", *(f.name for f in schema.OUTPUT_FIELDS)]
-    assert columns.output(write_kept=True).names[-2:] == ["kept", "tile_grid"]
+    assert columns.output(write_kept=True).names[-3:] == ["kept", "merged_into", "tile_grid"]
     assert columns.answer == columns.answer_output == "answer"
 
 

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from tests import tiny
-from trimming import Grid, KeepAll, Policy, Random, TrimmedLlama
+from trimming import Clusters, Grid, KeepAll, Policy, Random, TrimmedLlama
+from trimming.clustering import Clustering
 from trimming.costs import Cost, Costs, Look, Stages
 from trimming.engine import Engine, Image, KeptSets, Request
 from trimming.engine.gather import Gathered
@@ -37,7 +38,7 @@ TEXT_90B = {
 # Of the published configurations; transformers' own default is a tile of 448 pixels.
 CONFIG_11B = MllamaConfig(vision_config={"image_size": 560})
 CONFIG_90B = MllamaConfig(vision_config={"image_size": 560}, text_config=TEXT_90B)
-POLICIES = [KeepAll(), Grid(0.5), Random(0.3), TrimmedLlama(0.25)]
+POLICIES = [KeepAll(), Grid(0.5), Random(0.3), TrimmedLlama(0.25), Clusters(0.3)]
 
 
 def demo_model() -> MllamaForConditionalGeneration:
@@ -80,7 +81,8 @@ def attention_operations(
         assert rows == length
         pairs = batch * heads * rows * (rows + 1) // 2
     elif attn_mask is not None:
-        pairs = int((attn_mask == 0).expand(batch, heads, rows, length).sum())
+        # Of those that are seen some have a bias, the logarithm of a size.
+        pairs = int((attn_mask >= 0).expand(batch, heads, rows, length).sum())
     else:
         pairs = batch * heads * rows * length
     return 2 * pairs * (width + value.shape[3])
@@ -264,6 +266,20 @@ def test_tower_operations_at_11b(tiles: int, tower_tiles: Any) -> None:
     assert operations == (costs.tower(tiles, 2, tower_tiles) + costs.projector(tiles, 2)).operations
 
 
+@pytest.mark.parametrize("clustering", [Clustering(keep=0.1), Clustering(likeness=0.9)], ids=repr)
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
+def test_clustering_takes_two_hundredths_of_the_tower_at_11b(tiles: int, clustering: Clustering) -> None:
+    features = torch.empty(2, tiles * 1601, 4096, device="meta")
+    _, operations = counted(clustering, features)
+
+    costs = Costs(CONFIG_11B)
+    assert operations == costs.clustering(tiles, 2).operations
+    assert operations <= 0.02 * costs.tower(tiles, 2).operations
+    # An H100's rates.
+    rates = (989e12, 3.35e12)
+    assert costs.clustering(tiles, 2).seconds(*rates) <= 0.05 * costs.tower(tiles, 2).seconds(*rates)
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=name_of)
 @pytest.mark.parametrize("max_sequences", [1, 8])
 @pytest.mark.parametrize("kept_sets", ["image", "question"])
@@ -325,6 +341,12 @@ def test_six_questions_an_image_by_hand() -> None:
     question = costs.batch(**asked, keep=0.6, kept_sets="question")
     assert costs.batch(**asked, kept_sets="question").cross_kv == full.cross_kv
     assert full.cross_kv.operations == 2 * visual * 8 * project
+    # What is merged is all that any layer sees, and that any question shares.
+    merged = costs.batch(**asked, keep=0.6, merged=True)
+    assert merged.cross_kv.operations == 2 * kept * 8 * project
+    assert merged == costs.batch(**asked, keep=0.6, merged=True, kept_sets="question")
+    assert (merged.tower, merged.decode) == (image.tower, image.decode)
+    assert merged.projector.operations == image.projector.operations + 2 * 2 * visual**2 * 4096
     # The first layer sees all; the seven behind it one set an image.
     assert image.cross_kv.operations == 2 * (visual + 7 * kept) * project
     # Six sets of 60 %: together no more than all.
@@ -466,7 +488,9 @@ def test_kv_bytes_are_those_of_the_memory(model: MllamaForConditionalGeneration,
     asked = requests_of(model, [row for name in ("mixed tiles", "text-only among images") for row in tiny.BATCHES[name]])
     for made, completion in zip(asked, engine.generate(asked), strict=True):
         trim = completion.trim
-        assert held[made.id] == trim.cross_kv_bytes == costs.kv_bytes(0, trim.kept_visual_tokens)
+        # A cluster's bias is four bytes for each head of keys.
+        biases = policy.weighs * 4 * costs.geometry.kv_heads * trim.kept_visual_tokens
+        assert held[made.id] == costs.kv_bytes(0, trim.kept_visual_tokens) == trim.cross_kv_bytes - biases
         assert trim.cross_kv_bytes_full == costs.kv_bytes(0, trim.visual_tokens)
         assert trim.self_kv_bytes == costs.kv_bytes(len(made.tokens), 0)
 

@@ -13,8 +13,11 @@ from torch.nn import functional as F
 
 NEIGHBOURS = 5
 """Nearest features, itself among them, whose mean distance says how densely a feature's place is populated."""
-MAP_ELEMENTS = 1 << 26
-"""Elements of the maps of distances that are worked on at once, but for one image's: 256 MiB in float32."""
+MAP_ELEMENTS = 1 << 20
+"""Elements of the maps of distances that are worked on at once, but for one image's: 4 MiB in float32, which a processor's
+cache holds from one pass to the next."""
+MAP_PASSES, MAP_COPIES = 8, 3
+"""How often such a map is written or read, and how many there are at once, by reading ``Clustering``."""
 
 
 @dataclass(frozen=True, slots=True)

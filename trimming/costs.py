@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from transformers import MllamaConfig
 
 from trimming.attention import CHUNK_ELEMENTS
+from trimming.clustering import MAP_COPIES, MAP_ELEMENTS, MAP_PASSES
 
 if TYPE_CHECKING:
     from trimming.engine.request import KeptSets
@@ -182,6 +183,13 @@ class Costs:
         rows, wide, width = images * tiles * self.tokens, self.vision.vision_output_dim, self.text.hidden_size
         return Cost(2 * rows * wide * width, self.itemsize * (self._projector + rows * (wide + width)))
 
+    def clustering(self, tiles: int, images: int = 1) -> Cost:
+        """Real tiles' features, merged where they are alike (``trimming.clustering``), each image by itself: the products of
+        all pairs. Of bytes the map of their distances in float32, written and read some times over."""
+        features, width = tiles * self.tokens, self.text.hidden_size
+        moved = MAP_PASSES * features**2 * 4 + 2 * features * width * self.itemsize
+        return Cost(2 * images * features**2 * width, images * moved)
+
     def cross_kv(self, first: int, later: int) -> Cost:
         """Keys and values of ``first`` visual tokens in the first cross-attention layer, of ``later`` ones in each behind it.
 
@@ -224,7 +232,9 @@ class Costs:
         moved += (rows + read) * geometry.self_kv_bytes(self.itemsize) + sum(seen) * geometry.layer_kv_bytes(self.itemsize)
         return Cost(2 * added, moved)
 
-    def activations(self, *, images: int, visual: int, prompt: int, sequences: int, each_layer: bool = False) -> int:
+    def activations(
+        self, *, images: int, visual: int, prompt: int, sequences: int, each_layer: bool = False, clusters: bool = False
+    ) -> int:
         """Bytes that the engine's stages take at most of a device's memory, beside weights, keys and values; about.
 
         The largest tensors that are there at once, by reading the stages' code: encoded images that wait for their prefill, and
@@ -236,6 +246,7 @@ class Costs:
             prompt: tokens of one prefill.
             sequences: that decode at once.
             each_layer: whether the policy decides in each layer, which holds all layers' keys and values until the last one.
+            clusters: whether alike features are merged, by maps of their distances.
         """
         text, vision, wide, width = self.text, self.vision, self.vision.hidden_size, self.text.hidden_size
         key_value = 2 * self.geometry.kv_heads * self.geometry.head_dim
@@ -254,7 +265,9 @@ class Costs:
         # Sampling sorts and sums in fp32 and fp64.
         sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)
         encoded = (visual + rows) * width
-        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + deciding, sampling)
+        # Behind the tower, whose tensors are gone.
+        maps = clusters * MAP_COPIES * 4 * max(MAP_ELEMENTS, (vision.max_num_tiles * self.tokens) ** 2)
+        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + deciding, sampling, maps)
 
     def kv_bytes(self, text: int, visual: int) -> int:
         """What a sequence of ``text`` tokens that keeps ``visual`` visual tokens holds. The engine's slots are a little longer
@@ -273,6 +286,7 @@ class Costs:
         before: int = 0,
         tower_tiles: TowerTiles = "all",
         kept_sets: KeptSets = "image",
+        merged: bool = False,
     ) -> Stages:
         """``images`` × ``questions`` rows that go through every stage side by side: one call of each, output − 1 of decode.
 
@@ -288,18 +302,21 @@ class Costs:
             tower_tiles: as in ``tower``.
             kept_sets: ``image``: an image's questions decide together, and share one kept set. ``question``: each has its own,
                 which it shares only if that is everything; those of one image are taken to overlap as little as they can.
+            merged: ``keep`` is what is left of an image's features once those that are alike are merged (``Clusters``): all
+                layers see that alone, and all questions about the image share it.
         """
         rows, visual = images * questions, tiles * self.tokens
         kept = max(1, round(keep * visual))
-        together = questions if kept_sets == "image" else 1
+        together = questions if kept_sets == "image" or merged else 1
         sharing = questions if kept == visual else together
+        seen = kept if merged else visual
         own = questions // sharing
         steps = [self.decode([prompt + n] * rows, [Look(sharing, kept, kept)] * (images * own)) for n in range(1, output)]
-        looks = [Look(together * (prompt - before), visual, kept)] * (rows // together)
+        looks = [Look(together * (prompt - before), seen, kept)] * (rows // together)
         return Stages(
             tower=self.tower(tiles, images, tower_tiles),
-            projector=self.projector(tiles, images),
-            cross_kv=self.cross_kv(images * visual, images * min(own * kept, visual)),
+            projector=self.projector(tiles, images) + (self.clustering(tiles, images) if merged else Cost()),
+            cross_kv=self.cross_kv(images * seen, images * min(own * kept, visual)),
             prefill=self.prefill([prompt] * rows, looks),
             decode=sum(steps, Cost()),
         )

@@ -133,10 +133,14 @@ def _veiled(shown: Sequence[Shown], row: Mapping[str, Any], geometry: Geometry |
     fits = len(grids) == len(shown) and sum(r * c for r, c in grids) * geometry.tokens == row["visual_tokens"]
     if not fits:
         raise ValueError("kept features not drawn: the row's tiles are not those of the model's config.json")
-    return [
-        geometry.veil(each.image, each.size, geometry.of_image(row[schema.KEPT], number), grid)
-        for number, (each, grid) in enumerate(zip(shown, grids, strict=True))
-    ]
+    into = row.get(schema.MERGED_INTO)
+    drawn = []
+    for number, (each, grid) in enumerate(zip(shown, grids, strict=True)):
+        if into is None:
+            drawn.append(geometry.veil(each.image, each.size, geometry.of_image(row[schema.KEPT], number), grid))
+        else:
+            drawn.append(geometry.regions(each.image, each.size, geometry.merged_in_image(into, number), grid))
+    return drawn
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -101,10 +101,11 @@ class Run:
 
     @property
     def options(self) -> dict[str, float]:
-        """The policy's own options."""
+        """The policy's own options, those that say something."""
         from pipeline.config import POLICY_OPTIONS
 
-        return {name: self.config[name] for name in POLICY_OPTIONS.get(self.policy, {})}
+        given = {name: self.config.get(name) for name in POLICY_OPTIONS.get(self.policy, {})}
+        return {name: value for name, value in given.items() if value}
 
     def rows(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The finished rows' ``columns``, in tables of about ``CHUNK_ROWS`` rows. Raises ``ValueError`` for damaged files."""

@@ -37,6 +37,8 @@ class Job:
     tower_tiles: TowerTiles = "all"
     image_cache: bool = True
     kept_sets: KeptSets = "image"
+    merged: bool = False
+    """What stays of an image is left once its alike features are merged, before any question is read."""
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -56,7 +58,7 @@ class Job:
 
     def sharing(self, keep: float) -> float:
         """Rows that share a kept set, as all about one image do where they decide together or keep everything."""
-        return self.questions if self.kept_sets == "image" or keep == 1 else 1.0
+        return self.questions if self.kept_sets == "image" or self.merged or keep == 1 else 1.0
 
     def rows(self, count: int, keep: float, tokens: int) -> list[Row]:
         """The first ``count`` rows of a stream like this job's, always the same ones.

@@ -59,6 +59,8 @@ class Measured:
     kv_gib: float | None
     tower_tiles: TowerTiles
     kept_sets: KeptSets
+    merged: bool
+    """Whether what was kept is what was left once alike features were merged."""
     encode_once: bool
     peak_sequences: int
 
@@ -78,6 +80,7 @@ class Measured:
             kept_sets=self.kept_sets,
             tower_tiles=self.tower_tiles,
             encode_once=self.encode_once,
+            merged=self.merged,
         )
         calls = [call for call in engine.calls(self.rows) if call.stage != "decode"]
         step = self._step(costs)
@@ -89,7 +92,7 @@ class Measured:
         lengths = sum((row.output - 1) * (row.prompt + row.output / 2) for row in self.rows)
         kept = sum((row.output - 1) * row.kept for row in self.rows)
         batch = max(1, round(self.mean_batch))
-        shared = self.kept_sets == "image" or self.keep == 1
+        shared = self.kept_sets == "image" or self.merged or self.keep == 1
         sharing = min(batch, max(1, round(self.questions))) if shared else 1
         sets, rest = divmod(batch, sharing)
         looks = [Look(n, round(kept / steps), round(kept / steps)) for n in [sharing] * sets + [rest] * (rest > 0)]
@@ -151,6 +154,7 @@ def read(url: str, options: Mapping[str, Any]) -> Measured:
         tower_tiles=config.get("tower_tiles", "all"),
         # Runs of before there was a choice kept a set a question.
         kept_sets=config.get("kept_sets", "question"),
+        merged=run.policy == "clusters",
         encode_once=config.get("image_cache_gib", 1.0) > 0,
         peak_sequences=int(stats["peak_sequences"]),
     )

@@ -36,7 +36,9 @@ def _heading(report: Report) -> list[str]:
         f"tokens   {_short(job['prompt'])} of prompt{origin['prompt_tokens']}, {_short(job['output'])} of answer"
         f"{origin['output_tokens']}, {job['longest']} at most{origin['max_new_tokens']}",
         f"trimmed  {k_ratio}{report['keep']:.1%} of the features ({report['keep_from']})",
-        f"kept     one set {'an image' if job['kept_sets'] == 'image' else 'a question'}{origin['kept_sets']}",
+        "kept     what is left of an image once its alike features are merged"
+        if job["merged"]
+        else f"kept     one set {'an image' if job['kept_sets'] == 'image' else 'a question'}{origin['kept_sets']}",
         *_gpu(report),
         f"memory   {size(report['weights_bytes'])} of weights, {size(report['kv_bytes'])} for keys and values",
         f"speed    {report['calibration']}" + _shares(report),

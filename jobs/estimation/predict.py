@@ -69,6 +69,7 @@ def predict(
         kept_sets=job.kept_sets,
         tower_tiles=job.tower_tiles,
         encode_once=job.image_cache,
+        merged=job.merged and keep < 1,
     )
     calls = steady(job, engine, keep)
     times = _per_thousand(job, calls)

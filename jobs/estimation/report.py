@@ -141,6 +141,8 @@ def _check(given: Mapping[str, Any]) -> None:
         raise ValueError(f"max_tiles={given['max_tiles']} must be at least 1")
     if given["k_ratio"] is not None and given["keep"] is not None:
         raise ValueError(f"k_ratio={given['k_ratio']} and keep={given['keep']}: state one; a K's kept fraction is looked up")
+    if given["merged"] and given["keep"] is None:
+        raise ValueError("merged=True needs --keep, the share of the features that is left once alike ones are merged")
     for name in ("k_ratio", "keep"):
         if given[name] is not None and not 0 < given[name] <= 1:
             raise ValueError(f"{name}={given[name]} must lie in (0, 1]")
@@ -210,6 +212,7 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
         tower_tiles=taken("tower_tiles", run and run.tower_tiles, "all"),
         image_cache=given["image_cache_gib"] > 0,
         kept_sets=taken("kept_sets", run and run.kept_sets, "image"),
+        merged=given["merged"] or (run is not None and run.merged and given["k_ratio"] is None),
     )
     return made, said
 

@@ -65,6 +65,7 @@ class Engine:
         max_sequences: that decode at once, at most.
         kept_sets: who decides what is kept; see ``trimming.engine.Engine``. Rows about one image stand one behind the other.
         encode_once: images stay for the next rows that ask about them; False encodes them anew for each group.
+        merged: what rows keep is what is left of their images once features that are alike are merged, before any text is read.
     """
 
     costs: Costs
@@ -73,6 +74,15 @@ class Engine:
     kept_sets: KeptSets
     tower_tiles: TowerTiles = "all"
     encode_once: bool = True
+    merged: bool = False
+
+    def there(self, row: Row) -> int:
+        """Visual tokens of the row's image that there are for a layer to see."""
+        return row.kept if self.merged else row.tiles * self.costs.tokens
+
+    def decided(self, row: Row) -> bool:
+        """Whether what stays follows from the image alone."""
+        return self.merged or row.kept == row.tiles * self.costs.tokens
 
     def largest(self, row: Row, sharing: float) -> int:
         """Sequences like ``row`` that run at once; so many about one image share its kept set."""
@@ -129,9 +139,8 @@ class _Simulation:
             parts = [[place] for place in range(len(together))]
             if self.engine.kept_sets == "image":
                 parts = groups([[row.image] for row in together], [row.prompt for row in together])
-            # Where all is kept nothing is to be decided.
-            everything = together[0].kept == together[0].tiles * self.costs.tokens
-            yield from (_Group([together[place] for place in part], decided=everything) for part in parts)
+            decided = self.engine.decided(together[0])
+            yield from (_Group([together[place] for place in part], decided) for part in parts)
 
     # ---- admission: Engine._admit and _fitting -----------------------------------------------------------------------------
 
@@ -179,10 +188,10 @@ class _Simulation:
             row, group = party[0]
             features = row.tiles * costs.tokens
             tokens += sum(one.prompt for one, _ in party)
-            visual += features * (row.kept < features or row.image not in seen)
+            visual += engine.there(row) * (not engine.decided(row) or row.image not in seen)
             seen.add(row.image)
             capacity = max(capacity, *(one.capacity for one, _ in party))
-            whose = row.image if row.kept == features else group
+            whose = row.image if engine.decided(row) else group
             used += features * self.share[row.image in here] * (whose not in sharing)
             large = tokens > PREFILL_TOKENS or visual > PREFILL_VISUAL_TOKENS
             if batch and (len(batch) + len(party) > PREFILL_SEQUENCES or large):
@@ -203,14 +212,14 @@ class _Simulation:
     def _start(self, batch: Sequence[_Waiting]) -> Iterator[Call]:
         costs, tokens = self.costs, self.costs.tokens
         yield from self._encode(batch)
-        new = {self._owner(row, group): row.tiles * tokens for row, group in batch}
+        new = {self._owner(row, group): self.engine.there(row) for row, group in batch}
         later: Counter[int] = Counter()
         looks = []
         here = {image for image, _ in self.sets}
         for party in _parties(batch, started=True):
             row, group = party[0]
             visual = row.tiles * tokens
-            key: _Set = (row.image, None if row.kept == visual else group)
+            key: _Set = (row.image, None if self.engine.decided(row) else group)
             fresh = not self.sets[key]
             if fresh:
                 self.kept[key] = row.kept
@@ -219,7 +228,7 @@ class _Simulation:
             known = row.image in here
             self.share[known] += LEARNING * (MARGIN * fresh * row.kept / visual - self.share[known])
             here.add(row.image)
-            looks.append(Look(sum(one.prompt for one, _ in party), visual, row.kept))
+            looks.append(Look(sum(one.prompt for one, _ in party), self.engine.there(row), row.kept))
             for one, _ in party:
                 self._run(one, key)
         cross_kv = costs.cross_kv(sum(new.values()), later.total())
@@ -254,7 +263,10 @@ class _Simulation:
                     found.add(self._owner(other, its_group))
             self.encoded |= found
             tower = self.costs.tower(row.tiles, len(found), self.engine.tower_tiles)
-            yield self._call("tower", len(found), tower, self.costs.projector(row.tiles, len(found)))
+            after = [self.costs.projector(row.tiles, len(found))]
+            if self.engine.merged:
+                after.append(self.costs.clustering(row.tiles, len(found)))
+            yield self._call("tower", len(found), tower, *after)
 
     # ---- decoding ----------------------------------------------------------------------------------------------------------
 

@@ -264,7 +264,7 @@ class Engine:
             self._warn("out of memory while decode steps were captured")
 
     def use(self, policy: Policy) -> None:
-        """``policy`` for every request from now on; images that are encoded already stay so.
+        """``policy`` for every request from now on; images that are encoded already stay so, if it can make use of them.
 
         Raises ``RuntimeError`` while requests wait or run, which were submitted under another.
         """
@@ -273,9 +273,6 @@ class Engine:
                 raise RuntimeError("the policy can't change while requests wait or run")
             if policy.slices != self.policy.slices:
                 raise RuntimeError("a policy that slices keys needs an engine of its own")
-            if "class_attention" in policy.looks_at - self.policy.looks_at:
-                # Images that are encoded already lack it.
-                self.images.clear()
             if policy.slices:
                 self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
             self.decode.weigh(policy.weighs)
@@ -628,9 +625,12 @@ class Engine:
         return True
 
     def _cached(self, image: Image) -> Encoded | None:
-        """The image from the cache: merged as the policy wants it, or with all of its features."""
+        """The image from the cache: merged as the policy wants it, or with all of its features; and with all that the policy
+        looks at."""
         found = self.images.get(image.key) if self.images.limit_bytes else None
-        return found if found is not None and found.clustering in (None, self.policy.clustering) else None
+        if found is None or found.clustering not in (None, self.policy.clustering):
+            return None
+        return None if "class_attention" in self.policy.looks_at and found.class_attention is None else found
 
     def _alike(self, group: Group, image: Image) -> list[tuple[Group, Image]]:
         """``image`` and images of its tile count that waiting groups need next, each key once."""
@@ -864,6 +864,7 @@ def activation_bytes(model: MllamaForConditionalGeneration, policy: Policy, max_
         prompt=PREFILL_TOKENS,
         sequences=max_sequences,
         each_layer=policy.where == "each_layer",
+        clusters=policy.clustering is not None,
     )
 
 
