@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
@@ -47,7 +48,7 @@ class Answer:
     cross_kv_bytes: int
     self_kv_bytes: int
     kept: Sequence[int]
-    merged_into: Sequence[int] | None = None
+    merged_into: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +153,7 @@ class Engine:
             cross_kv_bytes=trim.cross_kv_bytes,
             self_kv_bytes=trim.self_kv_bytes + completion.output_tokens * self._token_bytes,
             kept=trim.kept.tolist(),
-            merged_into=None if trim.merged_into is None else trim.merged_into.tolist(),
+            merged_into=None if trim.merged_into is None else trim.merged_into.numpy(),
         )
 
     @property

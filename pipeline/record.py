@@ -63,7 +63,7 @@ _SUMMARY = re.compile(r"summary(-\d+-of-\d+)?\.json")
 _UNIT_FILE = re.compile(r".*-[0-9a-f]{10}-\d{7,}-\d{7,}\.parquet")
 
 
-FORMAT = 3
+FORMAT = 4
 """Version of what ``decides`` holds, to be raised when that changes: two starts of one run must agree on it."""
 
 

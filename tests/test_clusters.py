@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from operations import Watch
-from tiny import BATCHES, TILES, TOKENS, complete, lively_model, make_engine, make_prompts, record_logits, run_alone
+from tiny import (
+    BATCHES,
+    TILES,
+    TOKENS,
+    Prompt,
+    Row,
+    complete,
+    lively_model,
+    make_engine,
+    make_prompts,
+    record_logits,
+    run_alone,
+)
 from torch import Tensor
 
 from trimming import Clusters, KeepAll
@@ -239,3 +251,51 @@ def test_nothing_waits_for_the_device_while_features_are_clustered() -> None:
         assert not {name for name in seen if "item" in name or "local_scalar" in name or "nonzero" in name}
         calls.append(len(seen))
     assert calls[0] == calls[1]
+
+
+def test_a_decision_over_other_clusters_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA an image that is encoded again, in another batch, may come out a hair otherwise, and be clustered otherwise."""
+    image = make_prompts(BATCHES["four tiles"])[0].images
+    asked = [Prompt([3 + i, 64, 7, 8], image, {}).request(str(i), 6) for i in range(3)]
+    policy = Clusters(0.4, policy=TrimmedLlama(0.3))
+    engine = make_engine(policy, image_cache_bytes=0)
+    engine.submit_together(asked)
+    engine.step()
+    running = list(engine.decode.running)
+    # Out of memory: two are sent back, and their image is encoded again.
+    with torch.inference_mode():
+        engine._preempt(running[1:])
+    for sequence in running:
+        sequence.group.encoded = []
+    nudge = 0.2 * torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1))
+    encode = engine.tower.encode
+    monkeypatch.setattr(engine.tower, "encode", lambda images: encode(images) + nudge)
+    while not all(sequence.future.done() for sequence in running):
+        engine.step()
+    first, *again = [sequence.future.result().trim for sequence in running]
+    assert first.merged_into is not None
+    for trim in again:
+        assert trim.merged_into is not None
+        assert trim.merged_into.tolist() != first.merged_into.tolist()
+        # Whatever was decided over, each feature of the image is in one that stayed, or in none.
+        assert set(trim.merged_into.tolist()) - {-1} == set(trim.kept.tolist())
+        assert len(trim.kept) == trim.kept_visual_tokens
+
+
+def test_how_much_is_left_is_known_once_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that merge to next to nothing do not lead to a prefill of all features of those behind."""
+    monkeypatch.setattr("trimming.engine.scheduler.PREFILL_VISUAL_TOKENS", 100)
+    prompts = make_prompts([Row((4,))] * 12)
+    wanted = complete(make_engine(Clusters(0.9)), [p.request(str(i), 2) for i, p in enumerate(prompts)])
+    engine = make_engine(Clusters(0.9))
+    engine._left = 0.01
+    sizes, inner = [], engine.prefill
+
+    def prefill(batch: Any) -> Tensor:
+        sizes.append(len(batch))
+        return inner(batch)
+
+    engine.prefill = prefill  # type: ignore[assignment]
+    found = complete(engine, [p.request(str(i), 2) for i, p in enumerate(prompts)])
+    assert [c.tokens for c in found] == [c.tokens for c in wanted]
+    assert max(sizes) <= 2

@@ -308,7 +308,7 @@ def test_out_of_memory_behind_the_tower_is_handled_as_the_towers(monkeypatch: py
     wanted = tokens(finish(make_engine(POLICY), rows))
     engine = make_engine(POLICY)
     made = Tight(Encoded, lambda *given: made.made == 1 and made.refused < 1)
-    monkeypatch.setattr("trimming.engine.scheduler.Encoded", made)
+    monkeypatch.setattr("trimming.engine.vision.Encoded", made)
     assert tokens(finish(engine, rows)) == wanted
     assert made.refused == 1
 

@@ -16,8 +16,9 @@ NEIGHBOURS = 5
 MAP_ELEMENTS = 1 << 20
 """Elements of the maps of distances that are worked on at once, but for one image's: 4 MiB in float32, which a processor's
 cache holds from one pass to the next."""
-MAP_PASSES, MAP_COPIES = 8, 3
-"""How often such a map is written or read, and how many there are at once, by reading ``Clustering``."""
+MAP_PASSES = 8
+"""How often such a map is written or read, by reading ``Clustering``. The three that there are at once, and the features that
+are sorted, take less than the tower did before."""
 
 
 @dataclass(frozen=True, slots=True)

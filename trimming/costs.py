@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from transformers import MllamaConfig
 
 from trimming.attention import CHUNK_ELEMENTS
-from trimming.clustering import MAP_COPIES, MAP_ELEMENTS, MAP_PASSES
+from trimming.clustering import MAP_PASSES
 
 if TYPE_CHECKING:
     from trimming.engine.request import KeptSets
@@ -232,9 +232,7 @@ class Costs:
         moved += (rows + read) * geometry.self_kv_bytes(self.itemsize) + sum(seen) * geometry.layer_kv_bytes(self.itemsize)
         return Cost(2 * added, moved)
 
-    def activations(
-        self, *, images: int, visual: int, prompt: int, sequences: int, each_layer: bool = False, clusters: bool = False
-    ) -> int:
+    def activations(self, *, images: int, visual: int, prompt: int, sequences: int, each_layer: bool = False) -> int:
         """Bytes that the engine's stages take at most of a device's memory, beside weights, keys and values; about.
 
         The largest tensors that are there at once, by reading the stages' code: encoded images that wait for their prefill, and
@@ -246,7 +244,6 @@ class Costs:
             prompt: tokens of one prefill.
             sequences: that decode at once.
             each_layer: whether the policy decides in each layer, which holds all layers' keys and values until the last one.
-            clusters: whether alike features are merged, by maps of their distances.
         """
         text, vision, wide, width = self.text, self.vision, self.vision.hidden_size, self.text.hidden_size
         key_value = 2 * self.geometry.kv_heads * self.geometry.head_dim
@@ -265,9 +262,7 @@ class Costs:
         # Sampling sorts and sums in fp32 and fp64.
         sampling = sequences * text.vocab_size * (2 * self.itemsize + 40)
         encoded = (visual + rows) * width
-        # Behind the tower, whose tensors are gone.
-        maps = clusters * MAP_COPIES * 4 * max(MAP_ELEMENTS, (vision.max_num_tiles * self.tokens) ** 2)
-        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + deciding, sampling, maps)
+        return self.itemsize * encoded + max(self.itemsize * tower, self.itemsize * prefill + deciding, sampling)
 
     def kv_bytes(self, text: int, visual: int) -> int:
         """What a sequence of ``text`` tokens that keeps ``visual`` visual tokens holds. The engine's slots are a little longer

@@ -467,9 +467,10 @@ class _Surgery:
         """(KV, d) long of one sample, by the keys that decoding will see and the rows that see these: the last image's."""
         heads, asking = key.shape[1], rows[sample].to(query.device)
         present, index = (t[sample].to(key.device).expand(heads, -1) for t in (kept.present, kept.index))
+        own = key[sample]
         if kept.bias is not None:
             # A sum over keys of their squares counts what each stands for.
-            key = key * (kept.bias.to(key) / 2).exp()[..., None]
+            own = own * (kept.bias[sample].to(key.device) / 2).exp()[..., None].to(key.dtype)
         if not asking.any():
             return torch.arange(self.policy.key_width(key.shape[-1]), device=key.device).expand(heads, -1)
         if mask is not None:
@@ -477,7 +478,7 @@ class _Surgery:
             visible = sees[asking.nonzero()[-1, 0]]
             asking, present = asking & (sees == visible).all(-1), present & visible[index]
         queries = query[sample][:, asking].unflatten(0, (heads, -1)).flatten(1, 2)
-        return self.policy.channels(queries, key[sample][present].view(heads, -1, key.shape[-1]))
+        return self.policy.channels(queries, own[present].view(heads, -1, key.shape[-1]))
 
     def trimmed_mask(self, kept: _Kept, full: Tensor | None, query: Tensor) -> Tensor | None:
         """``kept.mask``, worked out once a forward rather than once a layer, where layers keep the same."""

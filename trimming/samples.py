@@ -46,7 +46,7 @@ class SampleTrim:
     @classmethod
     def of(
         cls,
-        valid: Tensor,
+        real: Tensor,
         keep: Tensor,
         prompt_tokens: int,
         geometry: Geometry,
@@ -57,13 +57,13 @@ class SampleTrim:
         biases: int = 0,
         merged_into: Tensor | None = None,
     ) -> SampleTrim:
-        """The record of a sample whose valid and kept positions are (N,) bool; numbers in the cache have ``itemsize`` bytes.
+        """The record of a sample whose real tiles' and kept positions are (N,) bool; numbers in the cache take ``itemsize``.
 
         ``rows``: the kept features of each cross-attention layer, where they differ; ``key_width``: the channels of a head's
         keys that stay, where not all do; ``biases``: how many a feature and head have, of four bytes.
         """
-        there, cross = int(valid.sum()), geometry.cross_kv_bytes(itemsize)
-        stayed = int((keep & valid).sum()) if rows is None else round(sum(rows) / len(rows))
+        there, cross = int(real.sum()), geometry.cross_kv_bytes(itemsize)
+        stayed = int((keep & real).sum()) if rows is None else round(sum(rows) / len(rows))
         held = stayed * geometry.cross_layers if rows is None else sum(rows)
         biased = min(biases, 1) * stayed if rows is None else sum(rows[:biases])
         width = geometry.head_dim + (geometry.head_dim if key_width is None else key_width)

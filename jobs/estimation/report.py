@@ -56,6 +56,8 @@ def build(given: Mapping[str, Any]) -> Report:
     length, most = asked.prompt + asked.longest, config.text_config.max_position_embeddings
     if length > most:
         raise ValueError(f"prompt_tokens and max_new_tokens together are {length:g}, over the model's {most}")
+    if given["merged"] and given["keep"] is None and not _was_merged(run):
+        raise ValueError("merged=True needs --keep, the share of the features that is left once alike ones are merged")
     keep, k_ratio, why = _keep(given, run, models.size_of(config))
     room = _room(given, run, place, costs, asked)
     dear: dict[str, Any] = {
@@ -141,8 +143,6 @@ def _check(given: Mapping[str, Any]) -> None:
         raise ValueError(f"max_tiles={given['max_tiles']} must be at least 1")
     if given["k_ratio"] is not None and given["keep"] is not None:
         raise ValueError(f"k_ratio={given['k_ratio']} and keep={given['keep']}: state one; a K's kept fraction is looked up")
-    if given["merged"] and given["keep"] is None:
-        raise ValueError("merged=True needs --keep, the share of the features that is left once alike ones are merged")
     for name in ("k_ratio", "keep"):
         if given[name] is not None and not 0 < given[name] <= 1:
             raise ValueError(f"{name}={given[name]} must lie in (0, 1]")
@@ -212,9 +212,14 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
         tower_tiles=taken("tower_tiles", run and run.tower_tiles, "all"),
         image_cache=given["image_cache_gib"] > 0,
         kept_sets=taken("kept_sets", run and run.kept_sets, "image"),
-        merged=given["merged"] or (run is not None and run.merged and given["k_ratio"] is None),
+        merged=given["merged"] or (given["k_ratio"] is None and _was_merged(run)),
     )
     return made, said
+
+
+def _was_merged(run: Measured | None) -> bool:
+    """Whether a run's kept share is what clusters left."""
+    return run is not None and run.merged and run.keep < 1
 
 
 def _keep(given: Mapping[str, Any], run: Measured | None, size: str | None) -> tuple[float, float | None, str]:

@@ -123,8 +123,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tens
 
 
 def as_mask(bias: Tensor | None, query: Tensor) -> Tensor | None:
-    """``bias``, (L,) or (KV, L), as a mask for all rows of queries (B, KV, n, D); torch's kernels want it in their dtype."""
-    return None if bias is None else bias.to(query.dtype).unsqueeze(-2).expand(*query.shape[:3], -1)
+    """``bias``, (L,) or (KV, L), as a mask for all rows of queries (B, KV, n, D). torch's kernels want it in their dtype, which
+    rounds the weight of a cluster of 300 by up to 1.6 % in bf16, and begin at whole vectors: a part of another may not."""
+    return None if bias is None else bias.to(query.dtype, copy=True).unsqueeze(-2).expand(*query.shape[:3], -1)
 
 
 def fold(query: Tensor, kv_heads: int) -> Tensor:

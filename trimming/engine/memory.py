@@ -87,7 +87,7 @@ class Memory:
         """A place behind everything, with room for one token's keys in one layer: for kernels that must write somewhere."""
         self.flat = torch.empty(self.size + geometry.kv_heads * geometry.head_dim, dtype=dtype, device=device)
         self.biases = self.flat[: self.size].view(torch.float32)
-        """The same memory, as float32: what is added to logits is not rounded to the model's dtype."""
+        """The same memory, as float32, which biases are in: the Triton kernel adds them as they are."""
         self.capacity = 0
         """Tokens that a slot has room for."""
         self.slots = 0

@@ -71,8 +71,8 @@ class _Set:
     """Where all layers keep the same: its places among the packed features."""
     stored: tuple[int, int] = (0, 0)
     """Which of ``kept`` decoding sees."""
-    features: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(kept, width), with what is merged into them: what layers project that keep the same."""
+    merged: Tensor | None = None
+    """``packed``, with what is merged into those that are kept."""
     bias: Tensor | None = None
     """(kept,) float32, what is added to their logits."""
     segment: Segment | None = None
@@ -90,6 +90,13 @@ class _Set:
     def packed(self) -> Tensor:
         """(n, width): its features, as ``positions`` has them."""
         return self.joined([e.features for e in self.group.encoded])
+
+    @property
+    def clustered(self) -> bytes | None:
+        """What tells its features from those of the same images encoded at another time; None where none were merged. A device
+        may compute otherwise in another batch, and who is alike by a hair then is not."""
+        merged_here = any(image.members is not None for image in self.group.encoded)
+        return self.positions.numpy().tobytes() if merged_here else None
 
     @property
     def full_bias(self) -> Tensor | None:
@@ -302,7 +309,7 @@ class Prefill:
         self._select(batch, scores, recent)
         if self.policy.where == "each_layer":
             for s in batch.sets:
-                self._hold(attention, index, batch, query, s, *keys[s][:2])
+                self._hold(attention, index, batch, query, s, *keys[s])
             if index == self.geometry.cross_layers - 1:
                 batch.keep_layers()
             return attended
@@ -350,8 +357,18 @@ class Prefill:
             keys[s] = key, value, None if bias is None else bias.to(key.device)
         return keys
 
-    def _hold(self, attention: Any, index: int, batch: _Batch, query: Tensor, s: _Set, key: Tensor, value: Tensor) -> None:
-        """Takes what this layer keeps for itself of a set's keys and values (KV, n, D)."""
+    def _hold(
+        self,
+        attention: Any,
+        index: int,
+        batch: _Batch,
+        query: Tensor,
+        s: _Set,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        """Takes what this layer keeps for itself of a set's keys and values (KV, n, D), and of the biases (n,)."""
         keep = s.decision.keeps[index]
         packed = keep[..., s.positions]
         # Padding tiles, which transformers' rows keep where nothing is trimmed, are not counted.
@@ -361,28 +378,28 @@ class Prefill:
             return
         packed = packed.to(key.device)
         packed[..., : s.last[0]] = packed[..., s.last[1] :] = False
-        key, value, bias = self._kept(attention, index, s, packed, key, value)
+        key, value, bias = self._kept(attention, index, s, packed, key, value, bias)
         key = self._slice(s, index, query, key, bias)
         if batch.stores:
             s.held.append((key, value, bias))
 
     def _kept(
-        self, attention: Any, index: int, s: _Set, keep: Tensor, key: Tensor, value: Tensor
+        self, attention: Any, index: int, s: _Set, keep: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of a set's keys and values (KV, n, D) what ``keep``, (n,) or (KV, n) bool, leaves of them, and the biases (n,) or
-        (KV, n)."""
+        """Of a set's keys and values (KV, n, D), and of its biases (n,), what ``keep``, (n,) or (KV, n) bool, leaves of them:
+        of biases as many dimensions as it has."""
         if keep.dim() == 2:
             # As many in each head, each head its own.
             places = keep.nonzero()[:, 1].view(len(keep), -1)
             key, value = (t.gather(1, places[..., None].expand(-1, -1, t.shape[-1])) for t in (key, value))
-            return key, value, None if s.sizes is None else s.sizes.log().to(places.device)[places]
+            return key, value, None if bias is None else bias[places]
         places = keep.nonzero()[:, 0]
         if not self.policy.merges:
-            return key[:, places], value[:, places], None if s.sizes is None else s.sizes.log().to(places.device)[places]
+            return key[:, places], value[:, places], None if bias is None else bias[places]
         features, sizes = _merged(s, index, keep)
         features = features[places.to(features.device)].to(key.device)
         key, value = cross_projections(attention, features)
-        bias = None if s.sizes is None else sizes.log().to(places.device)[places]
+        bias = None if bias is None else sizes.log().to(places.device)[places]
         return key.transpose(0, 1), value.transpose(0, 1), bias
 
     def _slice(self, s: _Set, index: int, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
@@ -470,7 +487,9 @@ class Prefill:
 
     def _decide_alone(self, s: _Set, context: VisualContext, row: int) -> tuple[Tensor, Tensor | None]:
         """``_decide`` for one set, with its features; once for all questions about its images, where none is looked at."""
-        whose = (self.policy, s.group.keys, context.valid.shape[1]) if self.policy.where == "features" else None
+        whose = None
+        if self.policy.where == "features":
+            whose = (self.policy, s.group.keys, s.clustered, context.valid.shape[1])
         if whose not in self._decided:
             decided = self._decide(self._with_features(s, context, row))
             if whose is None:
@@ -591,11 +610,15 @@ class _Batch:
         valid = torch.zeros_like(real).index_fill_(0, positions[: ends[-1]], True)
         sizes = None
         if prefill.policy.weighs:
-            own = [torch.ones(image.real(tokens)) if image.clusters is None else image.clusters.sizes for image in images]
+            own = [torch.ones(image.real(tokens)) if image.members is None else image.members.sizes for image in images]
             # Padding tiles' features, behind all others, stand for themselves.
             sizes = torch.cat([*own, torch.ones(len(positions) - ends[-1])])
-        decision = group.decision or Decision()
-        return _Set(group, positions, real, valid, sizes, ends, decision, known=group.decision is not None)
+        made = _Set(group, positions, real, valid, sizes, ends, group.decision or Decision(), group.decision is not None)
+        if made.known and made.decision.clustered != made.clustered:
+            # Decided over other features.
+            made.decision, made.known = Decision(), False
+        made.decision.clustered = made.clustered
+        return made
 
     def _look(self, s: _Set, rows: tuple[int, int], features: tuple[int, int], counts: bool) -> None:
         """Adds a look, to the one before where that sees the same: one product for all questions about an image."""
@@ -657,28 +680,28 @@ class _Batch:
         for s in self.sets if self.stores else ():
             whole = alike and s.stored == (0, len(s.kept))
             which = None if len(s.kept) == len(s.positions) else s.kept.numpy().tobytes()
-            share = (s.group.keys, which) if whole else None
+            share = (s.group.keys, s.clustered, which) if whole else None
             placed = self._place(s, [s.stored[1] - s.stored[0]] * layers, *widths, int(policy.weighs), share)
             if placed and whole and not s.fresh:
                 self.there.append(s)
         self._check_room()
         for s in self.sets:
-            self._gather_kept(s)
+            self._settle(s)
         self._plan_projections()
 
-    def _gather_kept(self, s: _Set) -> None:
-        """Sets what is kept of the set's features, and what is added to their logits."""
+    def _settle(self, s: _Set) -> None:
+        """Merges what the policy merges of a set's features, and tells what is added to the logits of those that are kept."""
         if s in self.there:
             assert s.segment is not None
             # The same in every head.
             held = s.segment.biases[0]
             s.bias = None if held is None else held[0]
             return
-        features, sizes = s.packed, s.sizes
+        sizes = s.sizes
         if self.prefill.policy.merges:
-            features, merged_sizes = _merged(s, 0, torch.zeros(len(features), dtype=torch.bool).index_fill(0, s.kept, True))
-            sizes = None if sizes is None else merged_sizes
-        s.features = features if len(s.kept) == len(features) else features[s.kept.to(features.device)]
+            kept = torch.zeros(len(s.positions), dtype=torch.bool).index_fill(0, s.kept, True)
+            s.merged, counts = _merged(s, 0, kept)
+            sizes = None if sizes is None else counts
         if sizes is not None:
             s.bias = sizes[s.kept.to(sizes.device)].log().to(self.rows.device)
             if s.segment is not None and s.fresh:
@@ -715,7 +738,7 @@ class _Batch:
         ``share``: what is the same for other groups that keep the same; by default the group's own, if it has several members.
         """
         memory = self.prefill.memory
-        share = share or (s.group if s.group.size > 1 else None)
+        share = share or ((s.group, s.clustered) if s.group.size > 1 else None)
         segment = memory.find(share)
         s.fresh = segment is None
         segment = segment or memory.allocate(rows, keys, values, share, biases)
@@ -742,11 +765,9 @@ class _Batch:
                 # What was merged into a feature is its set's own.
                 together.setdefault(s if merges else tuple(map(id, s.group.encoded)), []).append(s)
         for sets in together.values():
-            kept, features = sets[0].kept, sets[0].features
-            if len(sets) > 1:
-                kept = torch.cat([s.kept for s in sets]).unique()
-                features = sets[0].packed
-                features = features if len(kept) == len(features) else features[kept.to(features.device)]
+            kept = sets[0].kept if len(sets) == 1 else torch.cat([s.kept for s in sets]).unique()
+            features = sets[0].packed if sets[0].merged is None else sets[0].merged
+            features = features if len(kept) == len(features) else features[kept.to(features.device)]
             same = [len(s.kept) == len(kept) for s in sets]
             places = [
                 (s, None if all_of_it else torch.searchsorted(kept, s.kept).to(device))
@@ -776,7 +797,7 @@ class _Batch:
                 self.sequences[number].trim = replace(record, self_kv_bytes=own)
                 self.sequences[number].channels = s.decision.channels
 
-    def _record(self, valid: Tensor, keep: Tensor, length: int, s: _Set | None) -> SampleTrim:
+    def _record(self, real: Tensor, keep: Tensor, length: int, s: _Set | None) -> SampleTrim:
         geometry, itemsize = self.prefill.geometry, self.prefill.memory.itemsize
         allocated = s.segment.size * itemsize if s and s.segment else 0
         policy = self.prefill.policy
@@ -786,19 +807,18 @@ class _Batch:
             biases = geometry.cross_layers if policy.where == "each_layer" else 1
         counts = s.counts or None if s else None
         into = self._merged_into(s, keep) if s else None
-        return SampleTrim.of(valid, keep, length, geometry, itemsize, allocated, counts, width, biases, into)
+        return SampleTrim.of(real, keep, length, geometry, itemsize, allocated, counts, width, biases, into)
 
     def _merged_into(self, s: _Set, keep: Tensor) -> Tensor | None:
         """See ``SampleTrim.merged_into``; ``keep`` (N,) bool."""
         policy, size = self.prefill.policy, self.prefill.max_tiles * self.prefill.tokens
-        clusters = [image.clusters for image in s.group.encoded] if policy.clustering else []
-        targets = s.decision.targets[0] if policy.merges and policy.where != "each_layer" else None
-        if policy.where == "each_layer" or (targets is None and not any(clusters)):
+        if policy.where == "each_layer" or not (policy.merges or s.clustered):
             return None
+        targets = s.decision.targets[0] if policy.merges else None
         firsts = []
-        for i, (image, merged_here) in enumerate(zip(s.group.encoded, clusters or [None] * len(s.group.images), strict=True)):
+        for i, image in enumerate(s.group.encoded):
             own = torch.arange(image.tiles * self.prefill.tokens)
-            firsts.append((own if merged_here is None else merged_here.places[merged_here.cluster]) + i * size)
+            firsts.append((own if image.members is None else image.members.places[image.members.cluster]) + i * size)
         return merged_into(s.real, torch.cat(firsts), keep, targets)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
+from trimming.clustering import Clustering
 from trimming.costs import Costs, Geometry
 from trimming.engine.decode import Decode
 from trimming.engine.layers import Rotary, computing_on
@@ -145,7 +146,7 @@ class Engine:
         self.waiting: deque[Sequence_] = deque()
         self.statistics = Statistics()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        """Seconds of the device by stage: ``tower`` (with projector), ``prefill``, ``decode``."""
+        """Seconds of the device by stage: ``tower`` (with projector and clustering), ``prefill``, ``decode``."""
         self._share = _first_guess(policy)
         # What share of an image's features is left once they are merged.
         self._left = 1.0
@@ -414,9 +415,11 @@ class Engine:
         return self.memory.segment_elements_for([rows] * layers, [width] * layers, [width] * layers)
 
     def _start(self, batch: list[Sequence_]) -> bool:
-        """Encodes and prefills ``batch``, which stands first among the waiting; False where nothing more can start now."""
+        """Encodes and prefills ``batch``, which stands first among the waiting, or its first ones; False where nothing more can
+        start now."""
         if not self._encode(batch):
             return not self._full_house
+        batch = self._within_bounds(batch)
         here = {s.group.keys for s in self.decode.running}
         first: list[int] = []
 
@@ -445,6 +448,19 @@ class Engine:
         self._note_peaks()
         self._say(batch, first)
         return True
+
+    def _within_bounds(self, batch: list[Sequence_]) -> list[Sequence_]:
+        """Those of ``batch`` whose features a prefill may take: how many are left of an image that is merged is known only once
+        it is encoded."""
+        within: list[Sequence_] = []
+        seen: dict[tuple[int, int], int] = {}
+        for number, party in enumerate(self._parties(batch)):
+            # A group that decides by its texts has keys and values of its own, until they are stored.
+            seen |= {(id(image), number * self._looks): len(image.features) for image in party[0].group.encoded}
+            if within and self.policy.clustering is not None and sum(seen.values()) > PREFILL_VISUAL_TOKENS:
+                break
+            within += party
+        return within
 
     def _decide_ahead(self, party: list[Sequence_], at_once: int | None = None) -> bool:
         """Has ``party`` decide what is kept, so that its sequences can start one by one where they can't at once; False where
@@ -586,22 +602,23 @@ class Engine:
         return fine and all(len(group.encoded) == len(group.images) for group in groups)
 
     def _encode_next(self, group: Group) -> bool:
-        """The group's next image, from the cache or from the tower, where others of its tile count come along."""
+        """The group's next image: from the cache, as it is or merged anew, or from the tower, with others of its tile count."""
         image = group.images[len(group.encoded)]
-        cached = self._cached(image)
-        if cached is not None and cached.clustering == self.policy.clustering:
+        cached = self._cached(image, self.policy.clustering)
+        if cached is not None:
             group.encoded.append(cached)
             self.statistics.image_hits += group.waiting
             return True
-        together = [(group, image)] if cached else self._alike(group, image)
+        # With all its features, by an engine that shares the cache.
+        whole = self._cached(image, None)
+        together = [(group, image)] if whole else self._alike(group, image)
         pictures = [image for _, image in together]
 
         def encode() -> list[Encoded]:
             attention: Tensor | None = None
-            if cached:
-                # With all its features, by an engine that shares the cache.
-                features = cached.features[None]
-                attention = None if cached.class_attention is None else cached.class_attention[None]
+            if whole:
+                features = whole.features[None]
+                attention = None if whole.class_attention is None else whole.class_attention[None]
             elif "class_attention" in self.policy.looks_at:
                 features, attention = self.tower.look(pictures)
             else:
@@ -615,22 +632,20 @@ class Engine:
             assert failure is not None
             return self._tower_failed(together, failure)
         self.tower_images.passed(len(together))
-        self.statistics.images_encoded += 0 if cached else len(together)
+        self.statistics.images_encoded += 0 if whole else len(together)
         for (owner, image), one in zip(together, encoded, strict=True):
-            if self.images.limit_bytes and not cached:
-                self.images.put(image.key, one)
+            if self.images.limit_bytes:
+                self.images.put(image.key, one, self.policy.clustering)
             owner.encoded.append(one)
-            self.statistics.image_hits += owner.waiting - (0 if cached else 1)
+            self.statistics.image_hits += owner.waiting - (0 if whole else 1)
             self._left += 0.2 * (one.real(self.tower.tokens) / (one.tiles * self.tower.tokens) - self._left)
         return True
 
-    def _cached(self, image: Image) -> Encoded | None:
-        """The image from the cache: merged as the policy wants it, or with all of its features; and with all that the policy
-        looks at."""
-        found = self.images.get(image.key) if self.images.limit_bytes else None
-        if found is None or found.clustering not in (None, self.policy.clustering):
-            return None
-        return None if "class_attention" in self.policy.looks_at and found.class_attention is None else found
+    def _cached(self, image: Image, clustering: Clustering | None) -> Encoded | None:
+        """The image from the cache, merged like this or with all of its features, where it has all that the policy looks at."""
+        found = self.images.get(image.key, clustering) if self.images.limit_bytes else None
+        lacks = found is not None and found.class_attention is None and "class_attention" in self.policy.looks_at
+        return None if lacks else found
 
     def _alike(self, group: Group, image: Image) -> list[tuple[Group, Image]]:
         """``image`` and images of its tile count that waiting groups need next, each key once."""
@@ -650,7 +665,8 @@ class Engine:
             if other is group or done == len(other.images):
                 continue
             candidate = other.images[done]
-            known = self.images.limit_bytes and (candidate.key in keys or self._cached(candidate) is not None)
+            there = (self._cached(candidate, clustering) for clustering in (self.policy.clustering, None))
+            known = self.images.limit_bytes and (candidate.key in keys or any(there))
             if len(candidate.pixels) == len(image.pixels) and not known and candidate.key not in self._suspects:
                 together.append((other, candidate))
                 keys.add(candidate.key)
@@ -864,7 +880,6 @@ def activation_bytes(model: MllamaForConditionalGeneration, policy: Policy, max_
         prompt=PREFILL_TOKENS,
         sequences=max_sequences,
         each_layer=policy.where == "each_layer",
-        clusters=policy.clustering is not None,
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trimming.clustering import Clustering
 from trimming.engine.memory import Segment
 from trimming.engine.request import Completion, Image, Request
 from trimming.samples import SampleTrim
@@ -24,15 +23,14 @@ class Encoded:
     """(tokens, text width): the real tiles' features, then padding tiles' where the engine keeps them; or what the real ones'
     were merged into."""
     class_attention: Tensor | None = None
-    """(real tiles' tokens,) float32; see ``VisualContext.class_attention``. None where no policy looks at it."""
-    clustering: Clustering | None = None
-    """By what its features were merged."""
-    clusters: Clusters | None = None
-    """What they were merged into; None where each stayed alone."""
+    """Of the real tiles' features, or of what they were merged into, float32; see ``VisualContext.class_attention``. None where
+    no policy looks at it."""
+    members: Members | None = None
+    """What was merged into ``features``; None where each stayed alone."""
 
     def real(self, tokens: int) -> int:
         """How many of ``features`` are of real tiles, which have ``tokens`` each."""
-        return self.tiles * tokens if self.clusters is None else len(self.clusters.places)
+        return self.tiles * tokens if self.members is None else len(self.members.places)
 
     @property
     def bytes(self) -> int:
@@ -40,7 +38,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Clusters:
+class Members:
     """What k features of an image stand for. Tensors are on the CPU; places are on its own axis of most tiles × tokens."""
 
     sizes: Tensor
@@ -67,6 +65,8 @@ class Decision:
     """(N,), or (KV, N) where heads of keys have sets of their own, bool: one for all cross-attention layers or one for each."""
     targets: list[Tensor] = field(default_factory=list)
     """As many (N,) long, where the policy merges; see ``Policy.merge``."""
+    clustered: bytes | None = None
+    """Over which features; see ``_Set.clustered``."""
     channels: list[Tensor] = field(default_factory=list)
     """(KV, key_width) long, one a cross-attention layer, where the policy slices; see ``Policy.channels``. On its device."""
 
@@ -148,8 +148,8 @@ def packed_positions(images: Sequence[Encoded], tokens: int, most: int, padding:
     what they were merged into, then, with ``padding``, those of every unmerged image's padding tiles. (n,) long."""
     real, blank = [], []
     for i, image in enumerate(images):
-        own = torch.arange(image.tiles * tokens) if image.clusters is None else image.clusters.places
+        own = torch.arange(image.tiles * tokens) if image.members is None else image.members.places
         real.append(own + i * most * tokens)
-        if padding and image.clusters is None:
+        if padding and image.members is None:
             blank.append(torch.arange(image.tiles * tokens, most * tokens) + i * most * tokens)
     return torch.cat(real + blank)

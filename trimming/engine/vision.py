@@ -9,7 +9,7 @@ flash kernels apply. Order does not matter to attention, as positions are in the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from transformers import MllamaForConditionalGeneration
 
 from trimming.clustering import Clustering, merge_clusters, sum_of_runs
 from trimming.engine.request import Image
-from trimming.engine.sequence import Clusters, Encoded
+from trimming.engine.sequence import Encoded, Members
 
 TowerTiles = Literal["all", "real"]
 
@@ -173,21 +173,28 @@ def encoded_images(
         clustering: by what real tiles' features are merged; padding never joins. What is merged has no padding any more.
     """
     real = features[:, : tiles * tokens]
-    merged = merge_clusters(real, clustering(real)) if clustering is not None else [None] * len(features)
+    looked = [None] * len(features) if class_attention is None else list(class_attention)
+    merged = [] if clustering is None else merge_clusters(real, clustering(real))
+    if all(len(one.places) == real.shape[1] for one in merged):
+        each = zip(features, looked, strict=True)
+        return [Encoded(tiles, _own(whole), None if attention is None else _own(attention)) for whole, attention in each]
+    # In one piece to the CPU, behind the counts, for which all have waited anyhow.
+    told = torch.cat([t for one in merged for t in (one.sizes.long(), one.places, one.cluster)]).cpu()
+    parts = iter(told.split([len(t) for one in merged for t in (one.sizes, one.places, one.cluster)]))
     encoded = []
-    for number, (whole, one) in enumerate(zip(features, merged, strict=True)):
-        attention = None if class_attention is None else class_attention[number]
-        clusters = None
-        if one is not None and len(one.places) < real.shape[1]:
-            whole = one.features
-            if attention is not None:
-                attention = sum_of_runs(attention[one.cluster.argsort(stable=True)], one.sizes.long())
-            clusters = Clusters(one.sizes.cpu(), one.places.cpu(), one.cluster.cpu())
-        # Views would keep all of the batch's images.
-        alone = len(features) == 1
-        attention = attention if attention is None or alone else attention.clone()
-        encoded.append(Encoded(tiles, whole if alone else whole.clone(), attention, clustering, clusters))
+    for whole, attention, one in zip(features, looked, merged, strict=True):
+        sizes, places, cluster = next(parts), next(parts), next(parts)
+        alone = len(places) == real.shape[1]
+        if attention is not None:
+            attention = sum_of_runs(attention[one.cluster.argsort(stable=True)], one.sizes.long())
+        members = None if alone else Members(sizes.float(), places, cluster)
+        encoded.append(Encoded(tiles, _own(whole if alone else one.features), attention, members))
     return encoded
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy of what is part of more: it would keep all of a batch's images."""
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
 class ImageCache:
@@ -195,15 +202,16 @@ class ImageCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._images: OrderedDict[Hashable, Encoded] = OrderedDict()
+        self._images: OrderedDict[tuple[str, Clustering | None], Encoded] = OrderedDict()
 
-    def get(self, key: Hashable) -> Encoded | None:
-        if key in self._images:
-            self._images.move_to_end(key)
-        return self._images.get(key)
+    def get(self, key: str, clustering: Clustering | None = None) -> Encoded | None:
+        """The image, its features merged like this, or all there."""
+        if (key, clustering) in self._images:
+            self._images.move_to_end((key, clustering))
+        return self._images.get((key, clustering))
 
-    def put(self, key: Hashable, image: Encoded) -> None:
-        self._images[key] = image
+    def put(self, key: str, image: Encoded, clustering: Clustering | None = None) -> None:
+        self._images[key, clustering] = image
         size = sum(image.bytes for image in self._images.values())
         while self._images and size > self.limit_bytes:
             size -= self._images.popitem(last=False)[1].bytes
