@@ -105,7 +105,7 @@ def check_correct(section: dict[str, Any]) -> None:
     assert tests["skipped"] == "there is no CUDA device"
     assert (tests["tests_passed"], tests["tests_failed"], tests["left_out"]) == (0, 0, {})
     assert tests["tests_skipped"] > 30
-    assert (policies["policies"], policies["kept_equal"], policies["different"]) == (14, 1, {})
+    assert (policies["policies"], policies["kept_equal"], policies["different"]) == (15, 1, {})
     assert memory["cases"] == memory["survived"] == 8
 
 
