@@ -1,7 +1,7 @@
 """Draw which visual features stay: ``python -m demo.picture --output demo/results/kept-features.png``.
 
 One row a held-out scene (by default the first of each tile count): the scene as it is, then with the patches veiled that
-TrimmedLlama drops at each K, the model's caption under each.
+TrimmedLlama drops at each K, then with what Clusters merges in one colour; the model's caption under each.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--scenes", type=int, nargs="+", metavar="I", help="held-out scenes by index")
     parser.add_argument("--k-ratio", type=float, nargs="+", metavar="K", default=[0.25, 0.05])
+    parser.add_argument("--likeness", type=float, nargs="+", metavar="L", default=[0.9])
     options = parser.parse_args(arguments)
 
     from demo.answerer import Answerer
 
     answerer = Answerer(options.model)
-    rows = [strip(answerer, i, options.k_ratio) for i in options.scenes or first_of_each_tile_count(answerer)]
+    rows = [strip(answerer, i, options.k_ratio, options.likeness) for i in options.scenes or first_of_each_tile_count(answerer)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     stacked(rows).save(options.output, optimize=True)
     print(options.output)
@@ -57,9 +58,9 @@ def first_of_each_tile_count(answerer: Answerer) -> list[int]:
     return [found[count] for count in sorted(found)]
 
 
-def strip(answerer: Answerer, index: int, k_ratios: Iterable[float]) -> Image.Image:
+def strip(answerer: Answerer, index: int, k_ratios: Iterable[float], likenesses: Iterable[float]) -> Image.Image:
     """One scene's row: its panels side by side."""
-    from trimming import KeepAll, TrimmedLlama
+    from trimming import Clusters, KeepAll, TrimmedLlama
 
     (row,) = next(iter(caption_rows(index)))
     image = Image.open(io.BytesIO(row.image)).convert("RGB")
@@ -72,6 +73,12 @@ def strip(answerer: Answerer, index: int, k_ratios: Iterable[float]) -> Image.Im
         (answered,) = answerer.answer(answerer.engine(TrimmedLlama(k_ratio=k)), [row])
         veiled = veil(image, answered.said.kept, grid)
         panels.append(panel(veiled, f"K = {k:g}: {answered.said.keep_fraction:.0%} of the features kept", answered))
+    for likeness in likenesses:
+        (answered,) = answerer.answer(answerer.engine(Clusters(likeness=likeness)), [row])
+        assert answered.said.merged_into is not None
+        merged = GEOMETRY.regions(enlarged(image), image.size, answered.said.merged_into.tolist(), grid)
+        left = f"{answered.said.kept_visual_tokens} features, {answered.said.keep_fraction:.0%}"
+        panels.append(panel(merged, f"merged at likeness {likeness:g}: {left}", answered))
     out = Image.new("RGB", (len(panels) * (PANEL + GAP) + GAP, max(p.height for p in panels)), PAPER)
     for place, each in enumerate(panels):
         out.paste(each, (GAP + place * (PANEL + GAP), 0))
@@ -86,8 +93,11 @@ def caption_rows(index: int) -> Iterator[list[shards.Row]]:
 
 def veil(image: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
     """``image``, four times as large, with every patch veiled whose feature is not in ``kept``."""
-    large = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
-    return GEOMETRY.veil(large, image.size, kept, grid)
+    return GEOMETRY.veil(enlarged(image), image.size, kept, grid)
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
 
 
 def panel(image: Image.Image, title: str, answered: Answered) -> Image.Image:
