@@ -48,7 +48,7 @@ demo-picture: .venv ## draw the kept features over held-out scenes
 train-demo: .venv ## train the demo model from scratch (an hour and more on CPU; resumable)
 	$(BIN)/python -m demo.train --work build/demo-train --output demo/model
 
-train-photo-demo: .venv ## train a second one from its weights, on scenes over photographs from Debian's packages (three hours on CPU; resumable)
+train-photo-demo: .venv ## train a second one from its weights, on scenes over photographs from Debian's packages (some hours on CPU; resumable)
 	$(BIN)/python -m demo.photographs
 	$(BIN)/python -m demo.train --work build/photo-train --output build/photo-model --style photo-scenes --start demo/model \
 	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 400

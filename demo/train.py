@@ -51,7 +51,7 @@ BATCH = {FLAT: {1: 20, 2: 14, 3: 10, 4: 8}, PHOTO: {1: 12, 2: 7, 3: 5, 4: 4}}
 
 @dataclass(slots=True)
 class Picture:
-    """``tiles``: uint8 (T, 3, 112, 112); ``texts``: (question, answer) pairs; ``labels``: int64 (T × patches, labels)."""
+    """``tiles``: uint8 (T, 3, 112, 112); ``texts``: (question, answer) pairs; ``labels``: int64 (T × P, labels) or None."""
 
     tiles: Tensor
     ratio: int
