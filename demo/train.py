@@ -11,6 +11,8 @@ Three stages, one schedule (measured on two CPU cores, see the README's table fo
    encoded once for some ten texts. The tower sees real tiles only, which is fast and not yet what inference computes.
 3. *exact*: the same with the tower as it is at inference, padding tiles included.
 
+Both are the engine's own tower, which needs no mask: what is learnt is what will be computed.
+
 Training pictures are easy-VQA's train split and the train split of the style's scenes; test pictures and questions never enter.
 The cross-attention rows follow Meta's semantics (rows before the image get nothing from cross-attention layers). The run is
 seeded, writes a checkpoint every few minutes and continues from it when started again.
@@ -41,6 +43,9 @@ from transformers import MllamaForConditionalGeneration, MllamaProcessor
 from demo import easy_vqa, scenes
 from demo.architecture import build_model, build_processor, start_from
 from demo.scenes import FLAT, PHOTO, STYLES, Object, Style
+from pipeline.images import Normaliser
+from trimming.engine import Image as Encodable
+from trimming.engine.vision import Tower
 
 IGNORE = -100
 # Reading is learnt last: long after colours and shapes it still stands at "nothing is written".
@@ -280,13 +285,11 @@ class Trainer(nn.Module):
         self.processor = processor
         self.labels = label_classes(style)
         self.model = build_model(processor, seed, style.patch).to(device)
-        self.model.config.vision_config._attn_implementation = "sdpa"
         width = self.model.config.text_config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in self.labels.items()}).to(device)
         self.centre_head = nn.Linear(width, 2).to(device)
-        images = processor.image_processor
-        self.register_buffer("mean", torch.tensor(images.image_mean, device=device).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(images.image_std, device=device).view(3, 1, 1))
+        normalise = Normaliser(processor, torch.device(device), torch.float32)
+        self.exact, self.real = Tower(self.model, normalise), Tower(self.model, normalise, tower_tiles="real")
         self.tokens: dict[str, list[int]] = {}
         self.rows: Tensor | None = None
         for layer in self.model.model.language_model.layers:
@@ -311,18 +314,7 @@ class Trainer(nn.Module):
 
     def encode(self, pictures: list[Picture], exact: bool) -> Tensor:
         """Projected features (B, T × visual tokens, width) of pictures that all have T tiles."""
-        core = self.model.model
-        tiles = torch.stack([p.tiles for p in pictures]).to(self.mean.device)
-        count = tiles.shape[1]
-        pixels = (tiles.float() / 255 - self.mean) / self.std
-        ratios = torch.tensor([[p.ratio] for p in pictures], device=pixels.device)
-        if exact:
-            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, 4 - count))[:, None]
-            mask = (torch.arange(4, device=pixels.device) < count).long().expand(len(pictures), 1, 4)
-            hidden = core.vision_model(pixels, ratios, mask).last_hidden_state[:, 0, :count]
-        else:
-            hidden = encode_real_tiles(core.vision_model, pixels, ratios)
-        return core.multi_modal_projector(hidden).flatten(1, 2)
+        return (self.exact if exact else self.real).encode([Encodable("", p.tiles, p.ratio) for p in pictures])
 
     def patch_loss(self, pictures: list[Picture], features: Tensor) -> tuple[Tensor, dict[str, float]]:
         with_labels = [i for i, p in enumerate(pictures) if p.labels is not None]
@@ -399,35 +391,6 @@ class Trainer(nn.Module):
         if text not in self.tokens:
             self.tokens[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return self.tokens[text]
-
-
-def encode_real_tiles(vision: nn.Module, pixels: Tensor, ratios: Tensor) -> Tensor:
-    """The tower on (B, T, 3, H, W) without padding tiles: an approximation, since real tiles do attend to them."""
-    batch, count, tokens = *pixels.shape[:2], vision.num_patches
-    tables = vision.gated_positional_embedding
-    hidden = vision.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (batch, count))
-
-    def tile_embedding(module: nn.Module) -> Tensor:
-        return module.embedding(ratios[:, 0]).view(batch, 4, 1, -1)[:, :count] * module.gate.tanh()
-
-    hidden = hidden + tile_embedding(vision.pre_tile_positional_embedding)
-    hidden = torch.cat([vision.class_embedding.expand(batch, count, 1, -1), hidden], dim=2)
-    gate = tables.gate.tanh()
-    hidden = hidden + (1 - gate) * tables.embedding
-    hidden = hidden + gate * tables.tile_embedding(ratios[:, 0]).view(batch, 4, tokens, -1)[:, :count]
-    hidden = vision.layernorm_pre(hidden)
-    rows = -(-tokens // 8) * 8
-    hidden = F.pad(hidden, (0, 0, 0, rows - tokens)).flatten(1, 2)
-    kept = []
-    for layer in vision.transformer.layers:
-        hidden = layer(hidden)
-        kept.append(hidden)
-    hidden = vision.layernorm_post(hidden).unflatten(1, (count, rows))
-    hidden = (hidden + tile_embedding(vision.post_tile_positional_embedding)).flatten(1, 2)
-    for layer in vision.global_transformer.layers:
-        hidden = layer(hidden)
-    middle = torch.stack([kept[i] for i in vision.intermediate_layers_indices], dim=-1).flatten(2)
-    return torch.cat([hidden, middle], dim=-1).unflatten(1, (count, rows))[:, :, :tokens]
 
 
 @torch.no_grad()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from demo import scenes, train
 from demo.architecture import build_processor
 from demo.scenes import FLAT, PHOTO, Style
-from demo.train import Sampler, easy_pictures, easy_vqa_texts, scene_picture
+from demo.train import Sampler, Trainer, easy_pictures, easy_vqa_texts, scene_picture, to_tiles
 
 EASY_PICTURES = 40
 
@@ -134,3 +137,28 @@ def test_easy_vqa_pictures_are_grouped_with_their_questions() -> None:
     assert len(pictures) == 1_000
     assert sum(len(p.texts) for p in pictures) == 9_673
     assert all(len(p.tiles) == 1 and p.labels is None for p in pictures)
+
+
+@pytest.mark.parametrize("style", [FLAT, PHOTO], ids=lambda style: style.name)
+def test_the_tower_learns_what_transformers_will_compute(style: Style) -> None:
+    """Features of the last stage are those of the masked tower, and all of its weights get a gradient."""
+    processor = build_processor(easy_vqa_texts(), style)
+    trainer = Trainer(processor, 0, "cpu", style)
+    image = next(image for image in map(partial(drawn, style), range(100)) if to_tiles(processor, image)[0].shape[0] == 2)
+    tiles, ratio = to_tiles(processor, image)
+    features = trainer.encode([train.Picture(tiles, ratio, [])], exact=True)
+    features.square().mean().backward()
+
+    inputs = processor(images=[[image]], text="<|image|>", return_tensors="pt")
+    core = trainer.model.model
+    with torch.no_grad():
+        vision = core.vision_model(*(inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")))
+        expected = core.multi_modal_projector(vision.last_hidden_state[0, 0, :2]).flatten(0, 1)
+    torch.testing.assert_close(features[0], expected, atol=2e-4, rtol=1e-4)
+    without = [name for name, weight in core.vision_model.named_parameters() if weight.grad is None]
+    assert not without
+
+
+def drawn(style: Style, index: int) -> Image.Image:
+    """On paper: training's photographs need not be there."""
+    return scenes.draw(replace(scenes.scene("test", index, style=style), background=(240, 240, 240)))
