@@ -29,6 +29,8 @@ class Amounts:
     """Prompts of the prefills that selection is measured on."""
     selection_turns: int = 16
     """Such prefills with each policy."""
+    clusterings: int = 8
+    """Times that the captioning images are encoded, and merged, for what merging takes."""
     rounds: int = 3
     """Passes of every other contender, at most."""
     minutes: float = 28.0
@@ -51,6 +53,7 @@ QUICK = Amounts(
     turns=1,
     prefills=5,
     selection_turns=2,
+    clusterings=2,
     rounds=1,
     max_sequences=4,
     budget_sequences=2,

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import workloads
 from benchmarks.amounts import Amounts
 from benchmarks.half import find_half
+from benchmarks.merging import TENTH
 from benchmarks.model import ModelSize
 from benchmarks.ours import IMAGE_CACHE_BYTES, Ours, measured
 from benchmarks.timing import Pass, Passes, take_turns
@@ -31,7 +32,7 @@ TILE_MIX = (2,)
 """Of the images that are asked a growing number of questions: all alike, as there are few."""
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 """Of the features that decoding is timed with."""
-FULL, BY_QUESTION, BY_IMAGE = "full", "by question", "by image"
+FULL, BY_QUESTION, BY_IMAGE, MERGED = "full", "by question", "by image", "merged"
 TRIMMED, KNOWN, KNOWN_BEHIND = "trimmed", "known", "known behind"
 Say = Callable[[str], object]
 
@@ -70,7 +71,7 @@ class LanguagePasses:
 
 def measure_growth(ours: Ours, size: ModelSize, amounts: Amounts, say: Say) -> dict[int, Passes]:
     """By questions an image, then by who decides: the same prompts and answers, about fewer and fewer images. Trimmed keeps
-    half of the features, either way."""
+    half of the features, either way; merged a tenth."""
     found: dict[int, Passes] = {}
     for per_image in PER_IMAGE:
         load = workloads.questions(amounts.growth_rows // per_image, amounts.seed, size, per_image, TILE_MIX)
@@ -79,6 +80,7 @@ def measure_growth(ours: Ours, size: ModelSize, amounts: Amounts, say: Say) -> d
         ways: dict[str, KeptSets] = {BY_QUESTION: "question", BY_IMAGE: "image"}
         for name, kept_sets in ways.items():
             runs[name] = partial(run, find_half(ours, load, kept_sets, run.images).policy, kept_sets)
+        runs[MERGED] = partial(run, TENTH)
         say(f"{per_image} questions an image: {len(load.images)} images")
         found[per_image] = take_turns(runs, amounts.turns)
     return found

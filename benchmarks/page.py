@@ -17,6 +17,13 @@ RATIOS = {
     "decode_half_over_all": "decode tokens a second, half the features / all, four tiles, one budget of KV bytes",
     "captioning_kv_peak_half_over_all": "peak cross KV held, half / all, captioning",
     "questions_kv_peak_half_over_all": "peak cross KV held, half / all, five questions an image",
+    "captioning_tenth_over_all": "captioning, a tenth of the features, merged / all, end to end",
+    "questions_tenth_over_all": "five questions an image, a tenth, merged / all, end to end",
+    "questions_generation_tenth_over_all": "the same, on prefill and decode alone",
+    "decode_tenth_over_all": "decode tokens a second, a tenth, merged / all, four tiles, one budget of KV bytes",
+    "captioning_kv_peak_tenth_over_all": "peak cross KV held, a tenth / all, captioning",
+    "questions_kv_peak_tenth_over_all": "peak cross KV held, a tenth / all, five questions an image",
+    "clustering_over_tower": "seconds of clustering and merging / the tower's",
     "selection_one_question": "prefill seconds, Trimmed-Llama / its features known beforehand, one question an image",
     "selection_five_questions": "the same, five questions an image",
 }
@@ -27,6 +34,7 @@ RUNGS = {
     "reuse": "+ image reuse",
     "continuous": "+ continuous batching",
     "trimmed": "+ trimming to half, one set an image",
+    "merged": "in its place merging to a tenth",
 }
 BESIDE = {
     "by question": "trimmed to half, one set a question",
@@ -35,7 +43,12 @@ BESIDE = {
 }
 
 
-WAYS = {"full": "all features", "by question": "half, one set a question", "by image": "half, one set an image"}
+WAYS = {
+    "full": "all features",
+    "by question": "half, one set a question",
+    "by image": "half, one set an image",
+    "merged": "a tenth, merged",
+}
 PLOT = "cpu-decode"
 
 
@@ -50,15 +63,15 @@ def _ratios(result: Result) -> list[str]:
     for name, title in RATIOS.items():
         at_least, at_most = (result["goals"][kind].get(name) for kind in ("at_least", "at_most"))
         goal = f"≥ {at_least:g}" if at_most is None else f"≤ {at_most:g}"
-        # Selection is about percents.
-        places = 3 if name.startswith("selection") else 2
+        # Selection and clustering are about percents.
+        places = 3 if name.startswith(("selection", "clustering")) else 2
         cells = [_ends(result["predicted"].get(name), places), f"**{result['ratios'][name]:.{places}f}**"]
         lines.append(row([title, goal, *cells, _ends(result["spreads"][name], places)]))
     return [
         *lines,
         "",
         "*Predicted* by the cost model, from what the stages took with all features: first with prefill and decoding bound by "
-        "their operations, then by whichever of operations and bytes shrinks more, which is the most that half of the features "
+        "their operations, then by whichever of operations and bytes shrinks more, which is the most that so many features "
         "can give at these stages' speeds: tower and image decoding stay as they are, and text rows make most of the rest. "
         "Of selection the last column has quartiles.",
     ]
@@ -174,7 +187,7 @@ def _notes(result: Result) -> list[str]:
     conditions, captioning, questions = result["conditions"], result["captioning"], result["questions"]
     model, four, selection = conditions["model"], result["four_tiles"], result["selection"]
     shares = conditions["captioning_operations"]
-    kept = {name: four["contenders"][name] for name in ("full", "half")}
+    kept = {name: four["contenders"][name] for name in ("full", "half", "merged")}
     trimmed = {
         "captioning": (captioning["k_ratio"], captioning["contenders"]["trimmed"]),
         "questions, one set an image,": (questions["k_ratio"], questions["contenders"]["trimmed"]),
@@ -182,6 +195,7 @@ def _notes(result: Result) -> list[str]:
         "four tiles": (four["k_ratio"], kept["half"]),
     }
     halves = [f"{title} K = {k_ratio:g} keeps {each['keep_fraction']:.3f}" for title, (k_ratio, each) in trimmed.items()]
+    speeds = [f"{one['decode_tokens_per_second']['median']:.0f}" for one in kept.values()]
     tiles = ", ".join(f"{images} of {count}" for count, images in captioning["tiles"].items())
     costs = {
         known: " and ".join(
@@ -207,9 +221,8 @@ def _notes(result: Result) -> list[str]:
         f"{captioning['same_output_rows']:.1%} and {questions['same_output_rows']:.1%}.",
         f"- **Half the features**: {'; '.join(halves)}. In {four['kv_budget_bytes'] / 1e6:.0f} MB of KV, "
         f"{kept['full']['peak_sequences']:.0f} rows ran at once with all features, "
-        f"{kept['half']['peak_sequences']:.0f} with half of them: "
-        f"{kept['full']['decode_tokens_per_second']['median']:.0f} and "
-        f"{kept['half']['decode_tokens_per_second']['median']:.0f} tokens a second.",
+        f"{kept['half']['peak_sequences']:.0f} with half of them and {kept['merged']['peak_sequences']:.0f} with a tenth, "
+        f"merged: {', '.join(speeds)} tokens a second.",
         f"- **Selection**: over prefills that know beforehand what Trimmed-Llama keeps, its own take {costs['over_known']} "
         "longer, with one and five questions an image (median and quartiles): scoring, picking, and that its first "
         "cross-attention layer attends to all features. Over prefills that know it behind that layer: "

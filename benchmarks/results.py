@@ -14,7 +14,9 @@ import transformers
 
 from benchmarks import language, study
 from benchmarks.conditions import commit, processor
-from benchmarks.predicted import captioning_stages, half_over_all
+from benchmarks.half import HALF
+from benchmarks.merging import TENTH
+from benchmarks.predicted import captioning_stages, fewer_over_all
 from benchmarks.study import Study
 from benchmarks.timing import Pass, Passes, quartiles, ratio, spread
 from benchmarks.workloads import Workload
@@ -28,12 +30,19 @@ AT_LEAST = {
     "questions_half_over_all": 1.1,
     "questions_generation_half_over_all": 1.25,
     "decode_half_over_all": 1.3,
+    "captioning_tenth_over_all": 1.15,
+    "questions_tenth_over_all": 1.15,
+    "questions_generation_tenth_over_all": 1.5,
+    "decode_tenth_over_all": 3.0,
 }
 AT_MOST = {
     "captioning_kv_peak_half_over_all": 0.55,
     "questions_kv_peak_half_over_all": 0.55,
+    "captioning_kv_peak_tenth_over_all": 0.13,
+    "questions_kv_peak_tenth_over_all": 0.13,
     "selection_one_question": 1.03,
     "selection_five_questions": 1.03,
+    "clustering_over_tower": 0.05,
 }
 SELECTIONS = {"captioning": "one_question", "questions": "five_questions"}
 
@@ -45,6 +54,7 @@ def result(done: Study, ray_data: Result | None) -> Result:
     ratios, selection = _ratios(done), _selection(done)
     for name, part in selection["over_known"].items():
         ratios[f"selection_{name}"] = {"median": part["median"], "min": part["low"], "max": part["high"]}
+    ratios["clustering_over_tower"] = spread(done.clustering)
     whole: Result = {
         "ratios": {name: value["median"] for name, value in ratios.items()},
         "spreads": {name: [value["min"], value["max"]] for name, value in ratios.items()},
@@ -77,37 +87,44 @@ def _ratios(done: Study) -> dict[str, dict[str, float]]:
         best = passes[done.best_peer(name, seconds)]
         return ratio(list(map(seconds, best)), list(map(seconds, passes[study.CONTINUOUS])))
 
-    def half_over_all(name: str, seconds: Callable[[Pass], float]) -> dict[str, float]:
+    def over_all(contender: str, name: str, seconds: Callable[[Pass], float]) -> dict[str, float]:
         passes = done.passes[name]
-        return ratio(list(map(seconds, passes[study.CONTINUOUS])), list(map(seconds, passes[study.TRIMMED])))
+        return ratio(list(map(seconds, passes[study.CONTINUOUS])), list(map(seconds, passes[contender])))
 
-    def peaks(name: str) -> dict[str, float]:
+    def peaks(contender: str, name: str) -> dict[str, float]:
         passes = done.passes[name]
-        return ratio(list(map(_peak, passes[study.TRIMMED])), list(map(_peak, passes[study.CONTINUOUS])))
+        return ratio(list(map(_peak, passes[contender])), list(map(_peak, passes[study.CONTINUOUS])))
 
-    four = done.passes["four tiles"]
+    four = {name: list(map(_decoding, taken)) for name, taken in done.passes["four tiles"].items()}
+    fewer: dict[str, dict[str, float]] = {}
+    for share, contender, in_four in (("half", study.TRIMMED, study.HALF), ("tenth", study.MERGED, study.MERGED)):
+        fewer |= {
+            f"captioning_{share}_over_all": over_all(contender, "captioning", _seconds),
+            f"questions_{share}_over_all": over_all(contender, "questions", _seconds),
+            f"questions_generation_{share}_over_all": over_all(contender, "questions", _generation),
+            f"decode_{share}_over_all": ratio(four[in_four], four[study.FULL]),
+            f"captioning_kv_peak_{share}_over_all": peaks(contender, "captioning"),
+            f"questions_kv_peak_{share}_over_all": peaks(contender, "questions"),
+        }
     return {
         "captioning_engine_over_peer": peer_over("captioning", _seconds),
         "captioning_generation_engine_over_peer": peer_over("captioning", _generation),
         "questions_engine_over_peer": peer_over("questions", _seconds),
-        "captioning_half_over_all": half_over_all("captioning", _seconds),
-        "questions_half_over_all": half_over_all("questions", _seconds),
-        "questions_generation_half_over_all": half_over_all("questions", _generation),
-        "decode_half_over_all": ratio(list(map(_decoding, four[study.HALF])), list(map(_decoding, four[study.FULL]))),
-        "captioning_kv_peak_half_over_all": peaks("captioning"),
-        "questions_kv_peak_half_over_all": peaks("questions"),
+        **fewer,
     }
 
 
 def _predicted(done: Study) -> Result:
-    """Under the names of the ratios that half of the features is to reach: with stages bound by operations, and the most that
-    any roofline allows."""
+    """Under the names of the ratios that fewer features are to reach: with stages bound by operations, and the most that any
+    roofline allows."""
     costs = Costs(done.model.config, done.model.dtype.itemsize)
     found: Result = {}
-    for name in ("captioning", "questions"):
-        ratios = half_over_all(done.loads[name], costs, done.passes[name][study.CONTINUOUS])
-        found[f"{name}_half_over_all"] = ratios["end_to_end"]
-        found[f"{name}_generation_half_over_all"] = ratios["generation"]
+    for share, keep, merged in (("half", HALF, False), ("tenth", TENTH.keep, True)):
+        assert keep is not None
+        for name in ("captioning", "questions"):
+            ratios = fewer_over_all(done.loads[name], costs, done.passes[name][study.CONTINUOUS], keep, merged)
+            found[f"{name}_{share}_over_all"] = ratios["end_to_end"]
+            found[f"{name}_generation_{share}_over_all"] = ratios["generation"]
     return found
 
 

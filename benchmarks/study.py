@@ -1,4 +1,5 @@
-"""What is measured, in which order: half of the features, the peer's batch sizes, what trimming changes, then all in turns."""
+"""What is measured, in which order: half of the features, the peer's batch sizes, what trimming changes, what merging takes,
+then all in turns."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from benchmarks import workloads
 from benchmarks.amounts import Amounts
 from benchmarks.half import Half, find_half
 from benchmarks.language import measure_growth, measure_selection, measure_shares
+from benchmarks.merging import TENTH, measure_clustering
 from benchmarks.model import BENCH, TINY, build_model, build_processor
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
@@ -25,7 +27,7 @@ SWEPT_ROWS = 20
 """The sweep takes each batch size over the fewest whole batches that have so many rows: a part like the whole."""
 SLOW = 1.25
 """The sweep ends at a batch size that takes so many times as long as the best one."""
-LINEAR, STATIC, REUSE, CONTINUOUS, TRIMMED = "linear", "static", "reuse", "continuous", "trimmed"
+LINEAR, STATIC, REUSE, CONTINUOUS, TRIMMED, MERGED = "linear", "static", "reuse", "continuous", "trimmed", "merged"
 BY_QUESTION, RANDOM, REAL = "by question", "random", "real"
 ONCE = (LINEAR, STATIC, REUSE, BY_QUESTION, RANDOM, REAL)
 """Contenders that no ratio with a goal is made of: one pass is enough to see where the time goes."""
@@ -68,6 +70,8 @@ class Study:
         """Prefill and decoding, by kept share."""
         self.selection: dict[str, Passes] = {}
         """Prefills, by workload, then by policy."""
+        self.clustering: list[float] = []
+        """Merging's seconds over the tower's, a turn each."""
         self.passes: dict[str, Passes] = {}
         """By workload, then by contender."""
 
@@ -94,6 +98,8 @@ class Study:
         for name in ("captioning", "questions"):
             policy = self.halves[name].policy
             self.selection[name] = measure_selection(self.ours, self.loads[name], policy, self.amounts, self.say)
+        self.say(f"merging: {self.amounts.clusterings} times {len(self.captioning.images)} images")
+        self.clustering = measure_clustering(self.ours, self.captioning, self.amounts.clusterings)
         self.passes = self._take_turns(spare)
 
     def batch_sizes(self, name: str) -> list[int]:
@@ -125,7 +131,8 @@ class Study:
     def _take_turns(self, spare: Callable[[], float]) -> dict[str, Passes]:
         runs = {"captioning": self._ladder("captioning"), "questions": self._ladder("questions")}
         decoding = partial(self.narrow, self.four_tiles)
-        runs["four tiles"] = {FULL: decoding, HALF: partial(decoding, self.halves["four tiles"].policy)}
+        half = self.halves["four tiles"].policy
+        runs["four tiles"] = {FULL: decoding, HALF: partial(decoding, half), MERGED: partial(decoding, TENTH)}
         flat = {f"{name}: {each}": _checked(run, self.loads[name]) for name in runs for each, run in runs[name].items()}
 
         def more(seconds: float) -> bool:
@@ -146,6 +153,7 @@ class Study:
             runs[REUSE] = partial(self.ours, load, batch_size=sizes[0])
         runs[CONTINUOUS] = partial(self.ours, load)
         runs[TRIMMED] = partial(self.ours, load, half.policy)
+        runs[MERGED] = partial(self.ours, load, TENTH)
         if several:
             policy = self.halves[f"{name}, {BY_QUESTION}"].policy
             runs[BY_QUESTION] = partial(self.ours, load, policy, kept_sets="question")

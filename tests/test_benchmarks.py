@@ -17,11 +17,12 @@ from transformers import MllamaForConditionalGeneration, MllamaProcessor
 from benchmarks import cpu, workloads
 from benchmarks.half import find_half
 from benchmarks.language import Known, KnownBehind, LanguagePasses
+from benchmarks.merging import measure_clustering
 from benchmarks.model import BENCH, TINY, build_model, build_processor, words
 from benchmarks.ours import Ours
 from benchmarks.page import markdown, plot
 from benchmarks.peer import Peer
-from benchmarks.predicted import captioning_stages, half_over_all
+from benchmarks.predicted import captioning_stages, fewer_over_all
 from benchmarks.timing import Pass, quartiles, ratio, spread, take_turns
 from benchmarks.workloads import Workload
 from pipeline.images import Tiler
@@ -226,12 +227,22 @@ def test_half_of_the_features_can_give_what_the_stages_can_save(
 ) -> None:
     measured = {"prefill_seconds": 2.0, "decode_seconds": 1.0}
     full = Pass(seconds=6.0, preparing=0.0, tower=3.0, generation=3.0, tokens=[], measured=measured)
-    found = half_over_all(questions, Costs(model.config, itemsize=4), [full])
+    costs = Costs(model.config, itemsize=4)
+    found = fewer_over_all(questions, costs, [full], 0.5)
     for low, high in found.values():
         assert 1 < low < high
+    # Merged beforehand, the first cross-attention layer has less to do as well.
+    merged = fewer_over_all(questions, costs, [full], 0.5, merged=True)
+    assert merged["generation"][0] > found["generation"][0]
     # Seconds that are saved are the same ones, of a whole that is half as long.
     (end, _), (generation, _) = found["end_to_end"], found["generation"]
     assert 6 - 6 / end == pytest.approx(3 - 3 / generation)
+
+
+def test_what_merging_takes_is_measured_turn_by_turn(ours: Ours, captioning: Workload) -> None:
+    found = measure_clustering(ours, captioning, turns=3)
+    assert len(found) == 3
+    assert all(share > 0 for share in found)
 
 
 # ---- turns and page ---------------------------------------------------------------------------------------------------------
@@ -292,6 +303,7 @@ def a_result() -> dict[str, Any]:
             "static": contender(2.5, 8.0),
             "continuous": contender(3.0, 4.5),
             "trimmed": contender(3.5, 3.0),
+            "merged": contender(3.8, 2.5),
             "random": contender(3.6, 3.0),
             "real": contender(4.0, 4.5),
         },
@@ -313,9 +325,15 @@ def a_result() -> dict[str, Any]:
         },
         "captioning": load,
         "questions": {**load, "contenders": load["contenders"] | asked, "k_ratio_by_question": 0.12},  # type: ignore[operator]
-        "four_tiles": {"kv_budget_bytes": 80e6, "k_ratio": 0.11, "contenders": {"full": decoding, "half": decoding}},
+        "four_tiles": {
+            "kv_budget_bytes": 80e6,
+            "k_ratio": 0.11,
+            "contenders": dict.fromkeys(("full", "half", "merged"), decoding),
+        },
         "predicted": {"questions_half_over_all": [1.03, 1.14]},
-        "growth": {n: {"rows": 40, **dict.fromkeys(("full", "by question", "by image"), timed(1.0))} for n in ("1", "20")},
+        "growth": {
+            n: {"rows": 40, **dict.fromkeys(("full", "by question", "by image", "merged"), timed(1.0))} for n in ("1", "20")
+        },
         "shares": {"1": timed(2.0), "0.5": timed(1.0), "0.1": timed(1.5)},
         "selection": {
             "prefills": 20,
@@ -352,13 +370,13 @@ def a_result() -> dict[str, Any]:
 def cpu_ratios() -> list[str]:
     """The keys that ``cpu.json`` promises."""
     engine = ["captioning_engine_over_peer", "captioning_generation_engine_over_peer", "questions_engine_over_peer"]
-    half = [f"{name}_half_over_all" for name in ("captioning", "questions", "questions_generation", "decode")]
-    held = [f"{name}_kv_peak_half_over_all" for name in ("captioning", "questions")]
-    return [*engine, *half, *held, "selection_one_question", "selection_five_questions"]
+    kinds = ("captioning", "questions", "questions_generation", "decode", "captioning_kv_peak", "questions_kv_peak")
+    fewer = [f"{name}_{share}_over_all" for share in ("half", "tenth") for name in kinds]
+    return [*engine, *fewer, "selection_one_question", "selection_five_questions", "clustering_over_tower"]
 
 
 def at_most(name: str) -> bool:
-    return "peak" in name or "selection" in name
+    return "peak" in name or "selection" in name or "clustering" in name
 
 
 def test_the_page_has_ratios_tables_and_conditions() -> None:
@@ -374,6 +392,8 @@ def test_the_page_has_ratios_tables_and_conditions() -> None:
     assert "| + continuous batching | 3.00 | 1.50 | 2.00 | 3.00 | 1.50 | 2.00 |" in page
     assert "| + image reuse |  |  |  | 2.75 | 1.38 | 1.12 |" in page
     assert "| captioning, rows/s | 2.50 | 2.00 |" in page
+    assert "| in its place merging to a tenth | 3.80 | 1.90 | 3.60 |" in page
+    assert "8 with half of them and 8 with a tenth, merged: 300, 300, 300 tokens a second" in page
     assert "| 20 | 20.0 · 30.0 · 1.00 + 1.00 |" in page
     assert "| decode, s | 2.00 | 1.00 | 1.50 |" in page
     assert "the time does not fall at 10%." in page
@@ -415,19 +435,20 @@ def test_a_tiny_run_measures_everything(ray_cluster: str, tmp_path: Path, capsys
     assert all(value > 0 for value in result["ratios"].values())
     for name in ("captioning", "questions"):
         assert result["ratios"][f"{name}_kv_peak_half_over_all"] < 0.7
-        low, high = result["predicted"][f"{name}_half_over_all"]
-        assert 1 < low < high
+        for share in ("half", "tenth"):
+            low, high = result["predicted"][f"{name}_{share}_over_all"]
+            assert 1 < low < high
     # The fewer images, the less is held, unless each question keeps a set of its own.
     held = {n: {name: one[name]["peak_cross_kv_bytes"] for name in set(one) - {"rows"}} for n, one in result["growth"].items()}
     assert list(held) == ["1", "2", "5", "10", "20"]
-    assert held["20"]["by image"] < held["20"]["full"] < held["20"]["by question"]
+    assert held["20"]["merged"] < held["20"]["by image"] < held["20"]["full"] < held["20"]["by question"]
     assert held["1"]["by image"] == held["1"]["by question"] < held["1"]["full"]
     read = [one["cross_kv_bytes_read"] for one in result["shares"].values()]
     assert read == sorted(read, reverse=True)
     assert len(set(read)) == len(read)
     for name in ("captioning", "questions"):
         assert result[name]["same_output_rows"] == 1
-        assert {"linear", "static", "continuous", "trimmed", "real"} < set(result[name]["contenders"])
+        assert {"linear", "static", "continuous", "trimmed", "merged", "real"} < set(result[name]["contenders"])
     assert set(result["questions"]["contenders"]) - set(result["captioning"]["contenders"]) >= {"reuse", "by question"}
     four = result["four_tiles"]["contenders"]
     assert four["full"]["peak_sequences"] == 2
