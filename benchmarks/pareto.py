@@ -1,6 +1,6 @@
 """Measure every policy at equal cost: ``python -m benchmarks.pareto --output benchmarks/results``.
 
-All contenders of ``benchmarks/pareto_contenders.py``, on the demo model over both demo sets, at equal held bytes; fewer tiles
+All contenders of ``benchmarks/pareto_contenders.py``, on the demo models over their test sets, at equal held bytes; fewer tiles
 and lower resolution beside them. Writes ``pareto.json``, ``pareto.md`` and its plots. What is finished is
 kept in a journal under ``--work``: the same command continues, and a new policy is measured alone.
 """
@@ -13,11 +13,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo import scenes, shards
+from demo import MODEL, PHOTO_MODEL, scenes, shards
+from demo.scenes import PHOTO
 from demo.table import ROOT, write
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ SAY_EVERY = 20.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--model", type=Path, default=MODEL, help="for easy-VQA and scenes (default: %(default)s)")
+    parser.add_argument("--photo-model", type=Path, default=PHOTO_MODEL, help="for scenes over photographs")
     parser.add_argument("--output", type=Path, required=True, help="folder of pareto.json, pareto.md and the plots")
     parser.add_argument("--work", type=Path, default=ROOT / "build/pareto", help="folder of the journal (default: %(default)s)")
     parser.add_argument(
@@ -37,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--scenes", type=int, metavar="N", default=300, help="scenes, six questions each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--photo-scenes", type=int, metavar="N", default=200, help="over photographs, six questions each (default: %(default)s)"
     )
     parser.add_argument(
         "--blocks",
@@ -88,12 +94,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
     # All questions about an image: what they share is what is measured.
     easy_vqa = shards.easy_vqa_rows("test", shards.EASY_VQA_QUESTIONS["test"])
-    sets = [
-        DataSet("easy-vqa-test", list(islice(easy_vqa, options.easy_vqa)), options.blocks),
-        DataSet("scenes-test", list(shards.scene_rows("test", options.scenes, scenes.KINDS)), options.blocks),
-    ]
-    bench, journal = Bench(options.model), Journal(options.work / "cells.jsonl")
-    studies = [Study(bench, journal, data, say) for data in sets if data.images]
+    sets = {
+        "easy-vqa-test": (options.model, islice(easy_vqa, options.easy_vqa)),
+        "scenes-test": (options.model, shards.scene_rows("test", options.scenes, scenes.KINDS)),
+        "photo-scenes-test": (options.photo_model, shards.scene_rows("test", options.photo_scenes, scenes.KINDS, PHOTO)),
+    }
+    data_sets = [(model, DataSet(name, list(images), options.blocks)) for name, (model, images) in sets.items()]
+    bench, journal = cache(Bench), Journal(options.work / "cells.jsonl")
+    studies = [Study(bench(model), journal, data, say) for model, data in data_sets if data.images]
     plans = [(study, study.plan()) for study in studies]
     measure(plans, say)
     return result(plans, say)

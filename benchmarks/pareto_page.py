@@ -20,7 +20,7 @@ ARROWS = {"better": " ↑", "worse": " ↓", "not distinguishable": ""}
 
 def markdown(report: Report) -> str:
     lines = [
-        "Every policy at equal held bytes, on the demo model: the most bytes of images' keys and values that the engine held "
+        "Every policy at equal held bytes, on the demo models: the most bytes of images' keys and values that the engine held "
         "at once, those that questions share counted once, as a share of what it holds with all features. One kept set an "
         "image, or *by question* (hollow). Share of answers that are right as a whole, in %, ± half of its 95 % interval "
         "(bootstrap over images). **Bold**: the best at that share, and what is not distinguishable from it (paired "
@@ -100,8 +100,8 @@ def rivals(report: Report, data: Report) -> Iterator[str]:
         yield "Its images take one tile each: fewer tiles or a lower resolution can't hold less here."
         return
     yield (
-        "Fewer tiles, and images shrunk before they are cut; all features of what is left are kept. The demo model was trained "
-        "on scenes at their own resolution, with objects of 28 pixels and more: it has not learnt to see smaller ones."
+        "Fewer tiles, and images shrunk before they are cut; all features of what is left are kept. The demo models were "
+        "trained on scenes at their own resolution: they have not learnt to see smaller objects."
     )
     yield ""
     yield row(["images", "held", "ms", "right", f"{report['reference']} at", "the images' less its, points"])
@@ -196,15 +196,16 @@ def better(report: Report) -> Iterator[str]:
         ]
         line = f"- At {target:g}: "
         line += f"on all sets {', '.join(everywhere)}" if everywhere else "nothing on all sets"
-        yield line + (f"; on one alone {', '.join(somewhere)}." if somewhere else ".")
+        yield line + (f"; on some {', '.join(somewhere)}." if somewhere else ".")
 
 
 def conditions(report: Report) -> Iterator[str]:
     yield "## Conditions"
     yield ""
     listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
+    models = ", ".join(f"{name} by model {data['model_sha256'][:12]}" for name, data in report["sets"].items())
     yield (
-        f"{listed}; model {report['model_sha256'][:12]}. Each policy is set to the bytes that {report['reference']} was "
+        f"{listed}; {models}. Each policy is set to the bytes that {report['reference']} was "
         "measured to hold at the setting nearest to the share in the column's head: parameters that depend on the data "
         "(trimmed-llama's K, zipvl's mass, all of those by question) were searched for, without a look at the answers. By "
         "question nothing holds less than a feature for each question. think cuts key channels, and can't fall below half. "
@@ -212,9 +213,9 @@ def conditions(report: Report) -> Iterator[str]:
     )
     yield ""
     yield (
-        "Seconds are the engine's own, in fp32 on a CPU, for a model of 4.7 M parameters and answers of a few tokens: prefill, "
-        "which also selects, and decoding. What selecting costs shows here as it would not on a large model, and what fewer "
-        "bytes save hardly does. The tower is apart, as it does the same for all policies: "
+        "Seconds are the engine's own, in fp32 on a CPU, for models of some 5 M parameters and answers of a few tokens: "
+        "prefill, which also selects, and decoding. What selecting costs shows here as it would not on a large model, and what "
+        "fewer bytes save hardly does. The tower is apart, as it does the same for all policies: "
         + "; ".join(
             f"{name} {', '.join(f'{view} {ms:.1f} ms an image' for view, ms in data['tower_ms_per_image'].items())}"
             for name, data in report["sets"].items()

@@ -72,14 +72,19 @@ def plots(report: Report) -> dict[str, str]:
 
 
 def figure(report: Report, name: str, across: str, place: Callable[[Point], float]) -> str:
-    """One plot for each data set: a line a contender, with intervals, and its name at the end where least is kept; of one set a
-    question hollow, and named as the full one."""
+    """One plot for each data set, two abreast: a line a contender, with intervals, and its name at the end where least is kept;
+    of one set a question hollow, and named as the full one."""
     sets = report["sets"]
     with ExitStack() as stack:
-        whole, only, made = stack.enter_context(Drawing(name, 5.6 * len(sets), 6.2))
+        columns = min(2, len(sets))
+        down = -(-len(sets) // columns)
+        whole, only, made = stack.enter_context(Drawing(name, 5.6 * columns, 6.2 * down))
         only.remove()
+        places = whole.subplots(down, columns, squeeze=False).flatten()
+        for unused in places[len(sets) :]:
+            unused.remove()
         handles: dict[str, Any] = {}
-        for axes, (title, data) in zip(whole.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
+        for axes, (title, data) in zip(places, sets.items(), strict=False):
             axes.patch.set_alpha(0)
             series = lines(report, data)
             ends = []
@@ -94,8 +99,8 @@ def figure(report: Report, name: str, across: str, place: Callable[[Point], floa
             scale(axes, [point for points in series.values() for point in points], place)
             axes.set_title(f"{title}, {data['rows']:,} questions", fontsize=10.5, loc="left")
             axes.set_xlabel(across)
+            axes.set_ylabel("right answers (scale of errors; hollow: a kept set a question)")
             name_ends(axes, report, ends)
-        whole.axes[0].set_ylabel("right answers (scale of errors; hollow: a kept set a question)")
         whole.legend(
             handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3.2, columnspacing=1.6
         )

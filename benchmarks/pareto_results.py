@@ -26,14 +26,17 @@ def result(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], 
     for study, entries in plans:
         say(f"{study.data.name}: intervals")
         points = [point(entry, study.cells(entry)) for entry in entries]
-        sets[study.data.name] = {**compared(points, study.data.rows), "tower_ms_per_image": towers(study, entries)}
+        sets[study.data.name] = {
+            **compared(points, study.data.rows),
+            "tower_ms_per_image": towers(study, entries),
+            "model_sha256": sha256(study.bench.weights),
+        }
     report = {
         "targets": list(TARGETS),
         "reference": REFERENCE,
         "contenders": [each.name for each in CONTENDERS],
         "controls": [each.name for each in CONTENDERS if each.control],
         "conditions": conditions() | {"blocks": plans[0][0].data.blocks},
-        "model_sha256": sha256(plans[0][0].bench.weights),
         "sets": sets,
     }
     return {name: rounded(part) for name, part in report.items()}

@@ -33,7 +33,7 @@ from trimming.engine import KeptSets
 TOLERANCE, TRIES = 0.004, 12
 """A search ends at a share this near, or after as many passes over a block,"""
 FINEST = 1 / 1024
-"""or between parameters this near: no image has more than 260 features."""
+"""or between parameters this near: no image has more than 1,028 features."""
 ROUNDS = 3
 """Searches for one share at most, each followed by a pass over all blocks."""
 
@@ -64,7 +64,7 @@ class DataSet:
 
 
 class Bench:
-    """The demo model with an engine for each kind of policy, all of which share what any of them encoded.
+    """A demo model with an engine for each kind of policy, all of which share what any of them encoded.
 
     Kinds, since an engine is made for one way of keeping sets, refuses to change between policies that slice keys and those
     that don't, and drops encoded images when a policy looks at the tower's attention and the one before did not.

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.conditions import ROOT
+from demo import MODEL
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -113,7 +113,7 @@ def measure(shards: Path, output: Path, actor: str) -> dict[str, Any]:
     DataContext.get_current().wait_for_min_actors_s = 60
 
     # Of the model its configuration alone is looked at.
-    config = RunConfig(job="answer", input=str(shards), output=str(output), model=str(ROOT / "demo/model"), policy="none")
+    config = RunConfig(job="answer", input=str(shards), output=str(output), model=str(MODEL), policy="none")
     first_run = _first_run(replace(config, output=str(output.with_name("first")), limit=FIRST_ROWS))
     start_bytes, began = memory("VmRSS"), time.time()
     plan = make_plan(config)

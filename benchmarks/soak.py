@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.conditions import ROOT
 from benchmarks.soak_job import files
 from benchmarks.soak_run import Soak, audit, moments, texts
+from demo import MODEL
 
 if TYPE_CHECKING:
     from pipeline.storage import Storage
@@ -89,7 +89,7 @@ def study(kills: int, actor_kills: int, ends: float, say: Callable[[str], object
         folder = Path(name)
         say("writing shards")
         shards.main(["--output", str(folder / "in"), "--easy-vqa", str(QUESTIONS), "--scenes", str(SCENES)])
-        job = ["--model", str(ROOT / "demo/model"), "--unit-rows", str(UNIT_ROWS), "--ray-address", "local"]
+        job = ["--model", str(MODEL), "--unit-rows", str(UNIT_ROWS), "--ray-address", "local"]
         local = ["--input", str(folder / "in"), *job]
         say("a quiet run")
         quiet = _quiet(Soak(Storage(str(folder / "quiet")), local, folder, ends, ends), folder / "in")

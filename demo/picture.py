@@ -1,7 +1,8 @@
 """Draw which visual features stay: ``python -m demo.picture --output demo/results/kept-features.png``.
 
 One row a held-out scene (by default the first of each tile count): the scene as it is, then with the patches veiled that
-TrimmedLlama drops at each K, then with what Clusters merges in one colour; the model's caption under each.
+TrimmedLlama drops at each K, then with what Clusters merges in one colour; the model's caption under each. ``--broken N`` draws
+the first scenes whose caption is exact with all features and not with what the last likeness leaves.
 """
 
 from __future__ import annotations
@@ -11,58 +12,76 @@ import io
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from demo import scenes, shards
-from demo.scenes import FLAT
+from demo import MODEL, PHOTO_MODEL, scenes, shards
+from demo.scenes import FLAT, STYLES, Style
 from jobs.comparison.overlay import Geometry
 
 if TYPE_CHECKING:
     from demo.answerer import Answered, Answerer
 
-ROOT = Path(__file__).resolve().parent.parent
-GEOMETRY = Geometry(side=scenes.TILE, patch=FLAT.patch, most_tiles=4)
 PANEL, GAP, LINE = 330, 18, 19
 INK, PAPER, FAULT = (40, 40, 40), (255, 255, 255), (190, 30, 30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--style", choices=tuple(STYLES), default=FLAT.name, help="of the scenes (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="default: the demo model of that style")
     parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--scenes", type=int, nargs="+", metavar="I", help="held-out scenes by index")
-    parser.add_argument("--k-ratio", type=float, nargs="+", metavar="K", default=[0.25, 0.05])
+    parser.add_argument("--broken", type=int, metavar="N", help="in their place: scenes whose caption merging breaks")
+    parser.add_argument("--k-ratio", type=float, nargs="*", metavar="K", default=[0.25, 0.05])
     parser.add_argument("--likeness", type=float, nargs="+", metavar="L", default=[0.9])
     options = parser.parse_args(arguments)
 
     from demo.answerer import Answerer
 
-    answerer = Answerer(options.model)
-    rows = [strip(answerer, i, options.k_ratio, options.likeness) for i in options.scenes or first_of_each_tile_count(answerer)]
+    style = STYLES[options.style]
+    answerer = Answerer(options.model or (MODEL if style == FLAT else PHOTO_MODEL))
+    if options.broken:
+        chosen = list(islice(broken(answerer, style, options.likeness[-1]), options.broken))
+    else:
+        chosen = options.scenes or first_of_each_tile_count(answerer, style)
+    rows = [strip(answerer, style, index, options.k_ratio, options.likeness) for index in chosen]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     stacked(rows).save(options.output, optimize=True)
     print(options.output)
     return 0
 
 
-def first_of_each_tile_count(answerer: Answerer) -> list[int]:
+def first_of_each_tile_count(answerer: Answerer, style: Style) -> list[int]:
     found: dict[int, int] = {}
     for index in range(1_000):
-        tiles = answerer.tiler.tile_count(*scenes.draw(scenes.scene("test", index)).size)
+        tiles = answerer.tiler.tile_count(*scenes.draw(scenes.scene("test", index, style=style)).size)
         found.setdefault(tiles, index)
         if len(found) == 4:
             break
     return [found[count] for count in sorted(found)]
 
 
-def strip(answerer: Answerer, index: int, k_ratios: Iterable[float], likenesses: Iterable[float]) -> Image.Image:
+def broken(answerer: Answerer, style: Style, likeness: float) -> Iterator[int]:
+    """Of the first thousand scenes, those whose caption is exact with all features and not with those merged."""
+    from trimming import Clusters, KeepAll
+
+    full, merged = answerer.engine(KeepAll()), answerer.engine(Clusters(likeness=likeness))
+    for index, rows in enumerate(shards.scene_rows("test", 1_000, ("caption",), style)):
+        (before,), (after,) = answerer.answer(full, rows), answerer.answer(merged, rows)
+        if before.right and not after.right:
+            yield index
+
+
+def strip(answerer: Answerer, style: Style, index: int, k_ratios: Iterable[float], likenesses: Iterable[float]) -> Image.Image:
     """One scene's row: its panels side by side."""
     from trimming import Clusters, KeepAll, TrimmedLlama
 
-    (row,) = next(iter(caption_rows(index)))
+    geometry = Geometry.of(answerer.model.config.to_dict())
+    (row,) = next(islice(shards.scene_rows("test", index + 1, ("caption",), style), index, None))
     image = Image.open(io.BytesIO(row.image)).convert("RGB")
     grid = answerer.tiler(image).grid
     (full,) = answerer.answer(answerer.engine(KeepAll()), [row])
@@ -71,12 +90,12 @@ def strip(answerer: Answerer, index: int, k_ratios: Iterable[float], likenesses:
     panels = [panel(image, title, full)]
     for k in k_ratios:
         (answered,) = answerer.answer(answerer.engine(TrimmedLlama(k_ratio=k)), [row])
-        veiled = veil(image, answered.said.kept, grid)
+        veiled = geometry.veil(enlarged(image), image.size, answered.said.kept, grid)
         panels.append(panel(veiled, f"K = {k:g}: {answered.said.keep_fraction:.0%} of the features kept", answered))
     for likeness in likenesses:
         (answered,) = answerer.answer(answerer.engine(Clusters(likeness=likeness)), [row])
         assert answered.said.merged_into is not None
-        merged = GEOMETRY.regions(enlarged(image), image.size, answered.said.merged_into.tolist(), grid)
+        merged = geometry.regions(enlarged(image), image.size, answered.said.merged_into.tolist(), grid)
         left = f"{answered.said.kept_visual_tokens} features, {answered.said.keep_fraction:.0%}"
         panels.append(panel(merged, f"merged at likeness {likeness:g}: {left}", answered))
     out = Image.new("RGB", (len(panels) * (PANEL + GAP) + GAP, max(p.height for p in panels)), PAPER)
@@ -85,18 +104,8 @@ def strip(answerer: Answerer, index: int, k_ratios: Iterable[float], likenesses:
     return out
 
 
-def caption_rows(index: int) -> Iterator[list[shards.Row]]:
-    for number, rows in enumerate(shards.scene_rows("test", index + 1, ("caption",))):
-        if number == index:
-            yield rows
-
-
-def veil(image: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
-    """``image``, four times as large, with every patch veiled whose feature is not in ``kept``."""
-    return GEOMETRY.veil(enlarged(image), image.size, kept, grid)
-
-
 def enlarged(image: Image.Image) -> Image.Image:
+    """Four times as large: lines between patches are thin there."""
     return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
 
 
@@ -104,7 +113,7 @@ def panel(image: Image.Image, title: str, answered: Answered) -> Image.Image:
     """The picture in a frame, its title above, the caption below: in red where it is not exact."""
     ratio = min(PANEL / image.width, PANEL * 0.75 / image.height)
     shown = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.LANCZOS)
-    lines = textwrap.wrap(answered.said.text or "(nothing)", width=44, max_lines=3)
+    lines = textwrap.wrap(answered.said.text or "(nothing)", width=44, max_lines=4)
     out = Image.new("RGB", (PANEL, 2 * LINE + shown.height + 8 + LINE * len(lines)), PAPER)
     canvas = ImageDraw.Draw(out)
     font = ImageFont.load_default(size=14)

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from demo import MODEL
+
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIO = 0.25
 POLICIES = {"full": ["--policy=none"], "trimmed": ["--policy=trimmed-llama", f"--k-ratio={K_RATIO}"]}
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, required=True, help="folder that demo.shards wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the answers")
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--model", type=Path, default=MODEL)
     options = parser.parse_args(arguments)
     if not any(options.shards.glob("*-test/*.parquet")):
         parser.error(f"--shards {options.shards} holds no test shards: run demo.shards first")

@@ -1,8 +1,9 @@
 """Write the demo's data sets as parquet shards in the Hugging Face image layout: ``python -m demo.shards --output FOLDER``.
 
-``FOLDER/easy-vqa-test/`` and ``FOLDER/scenes-test/`` (``-train`` with ``--split train``) each hold a few shards with the
-columns ``image: struct<bytes, path>``, ``question``, ``answer``, ``id`` and ``kind``. Rows of one image are neighbours in one
-shard. The same options write the same bytes; a folder that already holds them is left alone.
+``FOLDER/easy-vqa-test/`` and ``FOLDER/scenes-test/`` (``-train`` with ``--split train``), and ``FOLDER/photo-scenes-test/``
+where they are asked for, each hold a few shards with the columns ``image: struct<bytes, path>``, ``question``, ``answer``,
+``id`` and ``kind``. Rows of one image are neighbours in one shard. The same options write the same bytes; a folder that already
+holds them is left alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from demo import easy_vqa, scenes
+from demo import easy_vqa, photographs, scenes
+from demo.scenes import FLAT, PHOTO, Style
 
 EASY_VQA_QUESTIONS = {"train": 38_575, "test": 9_673}
 # Small enough for a few shards in the smallest demo, large enough that a shard is not all footer.
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--easy-vqa", type=int, metavar="N", help="questions of easy-VQA, spread over its images; default: all")
     parser.add_argument("--scenes", type=int, metavar="N", default=500, help="scenes (default: %(default)s)")
+    parser.add_argument(
+        "--photo-scenes", type=int, metavar="N", default=0, help="scenes over photographs, the second model's (default: none)"
+    )
     parser.add_argument("--kinds", default=",".join(scenes.KINDS), help="questions asked of each scene (default: %(default)s)")
     parser.add_argument("--rows-per-shard", type=int, metavar="N", default=ROWS_PER_SHARD)
     options = parser.parse_args(arguments)
@@ -57,33 +62,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = tuple(options.kinds.split(","))
     if not 0 <= questions <= most:
         parser.error(f"--easy-vqa {questions}: the {split} split holds {most} questions")
-    if options.scenes < 0:
-        parser.error(f"--scenes {options.scenes}: give 0 or more")
+    drawn = {FLAT: options.scenes, PHOTO: options.photo_scenes}
+    for style, count in drawn.items():
+        if count < 0:
+            parser.error(f"--{style.name} {count}: give 0 or more")
     if unknown := [kind for kind in kinds if kind not in scenes.KINDS]:
         parser.error(f"--kinds {options.kinds}: {unknown[0]!r} is none of {', '.join(scenes.KINDS)}")
     if options.rows_per_shard < 1:
         parser.error(f"--rows-per-shard {options.rows_per_shard}: give 1 or more")
 
     # Shards of older drawings are written anew.
-    made_by = hashlib.sha256(b"".join(Path(module.__file__ or "").read_bytes() for module in (easy_vqa, scenes)))
+    made_by = hashlib.sha256(b"".join(Path(module.__file__ or "").read_bytes() for module in (easy_vqa, scenes, photographs)))
     common = {"made_by": made_by.hexdigest()[:16], "rows_per_shard": options.rows_per_shard}
     sets: list[tuple[Path, dict[str, object], int, Iterator[list[Row]]]] = []
     if questions:
-        drawn = {**common, "questions": questions}
-        sets.append((options.output / f"easy-vqa-{split}", drawn, questions, easy_vqa_rows(split, questions)))
-    if options.scenes:
-        drawn = {**common, "scenes": options.scenes, "kinds": list(kinds)}
-        rows = options.scenes * len(kinds)
-        sets.append((options.output / f"scenes-{split}", drawn, rows, scene_rows(split, options.scenes, kinds)))
+        settings: dict[str, object] = {**common, "questions": questions}
+        sets.append((options.output / f"easy-vqa-{split}", settings, questions, easy_vqa_rows(split, questions)))
+    for style, count in drawn.items():
+        if count:
+            settings = {**common, "scenes": count, "kinds": list(kinds)}
+            rows = scene_rows(split, count, kinds, style)
+            sets.append((options.output / f"{style.name}-{split}", settings, count * len(kinds), rows))
     try:
         there = [holds(folder, settings) for folder, settings, *_ in sets]
     except FileExistsError as error:
         print(f"demo.shards: {error}", file=sys.stderr)
         return 2
-    for done, (folder, settings, rows, groups) in zip(there, sets, strict=True):
+    for done, (folder, settings, total, groups) in zip(there, sets, strict=True):
         if not done:
-            write(folder, settings, tables(groups, settings, even_shards(rows, options.rows_per_shard)))
-        print(f"{folder}: {rows:,} rows{' (already there)' if done else ''}")
+            try:
+                write(folder, settings, tables(groups, settings, even_shards(total, options.rows_per_shard)))
+            except FileNotFoundError as error:  # a photograph
+                print(f"demo.shards: {error}", file=sys.stderr)
+                return 2
+        print(f"{folder}: {total:,} rows{' (already there)' if done else ''}")
     return 0
 
 
@@ -104,10 +116,11 @@ def easy_vqa_rows(split: str, count: int) -> Iterator[list[Row]]:
         yield rows
 
 
-def scene_rows(split: str, count: int, kinds: Sequence[str]) -> Iterator[list[Row]]:
-    """One question of each kind on each of the first ``count`` scenes of the split."""
+def scene_rows(split: str, count: int, kinds: Sequence[str], style: Style = FLAT) -> Iterator[list[Row]]:
+    """One question of each kind on each of the first ``count`` scenes of the split. FileNotFoundError where photographs for
+    training are missing."""
     for index in range(count):
-        scene = scenes.scene(split, index)
+        scene = scenes.scene(split, index, style=style)
         content = io.BytesIO()
         scenes.draw(scene).save(content, "PNG")
         rows = []
@@ -115,7 +128,7 @@ def scene_rows(split: str, count: int, kinds: Sequence[str]) -> Iterator[list[Ro
             asked = scenes.question(scene, kind, random.Random(f"{split}/{index}/{kind}"))
             if asked is None:
                 raise RuntimeError(f"scene {split}/{index} allows no question on {kind}")
-            path, name = f"scenes-{split}-{index:06d}.png", f"scenes/{split}/{index:06d}/{kind}"
+            path, name = f"{style.name}-{split}-{index:06d}.png", f"{style.name}/{split}/{index:06d}/{kind}"
             rows.append(Row(content.getvalue(), path, *asked, name, kind))
         yield rows
 
@@ -162,15 +175,18 @@ def write(folder: Path, settings: dict[str, object], shards: Iterable[pa.Table])
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     rows = 0
-    for number, shard in enumerate(shards):
-        pq.write_table(shard, part / f"{number:05d}", row_group_size=ROWS_PER_GROUP)
-        rows += len(shard)
-        print(f"{folder}: {rows:,} rows", end="\r", file=sys.stderr, flush=True)
-    files = sorted(part.iterdir())
-    for number, path in enumerate(files):
-        path.rename(part / f"part-{number:05d}-of-{len(files):05d}.parquet")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        for number, shard in enumerate(shards):
+            pq.write_table(shard, part / f"{number:05d}", row_group_size=ROWS_PER_GROUP)
+            rows += len(shard)
+            print(f"{folder}: {rows:,} rows", end="\r", file=sys.stderr, flush=True)
+        files = sorted(part.iterdir())
+        for number, path in enumerate(files):
+            path.rename(part / f"part-{number:05d}-of-{len(files):05d}.parquet")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def even_shards(rows: int, most: int) -> int:

@@ -1,10 +1,10 @@
 """Measure accuracy and held cache, full and trimmed: ``python -m demo.table --output demo/results``.
 
-Over easy-VQA's whole test split and held-out scenes: the full model; the full model with padding tiles left out of its vision
-tower; ``TrimmedLlama`` at five K, with one kept set an image and with one a question; and at three of these K ``Random`` and
-``Grid`` at the mean kept fraction that TrimmedLlama by image was just measured to have on that data set. All of it goes
-through the engine that the jobs run. Writes ``accuracy.json`` after every configuration and continues from it, and
-``accuracy.md`` at the end.
+Over easy-VQA's whole test split, held-out scenes, and held-out scenes over photographs with the second model: the full model;
+the full model with padding tiles left out of its vision tower; ``TrimmedLlama`` at five K, with one kept set an image and with
+one a question; at three of these K ``Random`` and ``Grid`` at the mean kept fraction that TrimmedLlama by image was just
+measured to have on that data set; and ``Clusters`` at three likenesses. All of it goes through the engine that the jobs run.
+Writes ``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.conditions import commit, processor
-from demo import scenes, shards
+from demo import MODEL, PHOTO_MODEL, scenes, shards
+from demo.scenes import PHOTO
 from jobs.comparison.bootstrap import Clusters, score
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ SCORE = ("value", "low", "high")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--model", type=Path, default=MODEL, help="for easy-VQA and scenes (default: %(default)s)")
+    parser.add_argument("--photo-model", type=Path, default=PHOTO_MODEL, help="for scenes over photographs")
     parser.add_argument("--output", type=Path, required=True, help="folder of accuracy.json and accuracy.md")
     parser.add_argument("--easy-vqa", type=int, metavar="N", default=shards.EASY_VQA_QUESTIONS["test"], help="default: all")
     parser.add_argument("--scenes", type=int, metavar="N", default=500, help="default: %(default)s, six questions each")
+    parser.add_argument("--photo-scenes", type=int, metavar="N", default=500, help="default: %(default)s, six questions each")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; default: torch's own choice")
     options = parser.parse_args(arguments)
 
@@ -68,19 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    sets = {
-        "easy-vqa-test": [row for image in shards.easy_vqa_rows("test", options.easy_vqa) for row in image],
-        "scenes-test": [row for image in shards.scene_rows("test", options.scenes, scenes.KINDS) for row in image],
+    by_image = {
+        "easy-vqa-test": (options.model, shards.easy_vqa_rows("test", options.easy_vqa)),
+        "scenes-test": (options.model, shards.scene_rows("test", options.scenes, scenes.KINDS)),
+        "photo-scenes-test": (options.photo_model, shards.scene_rows("test", options.photo_scenes, scenes.KINDS, PHOTO)),
     }
+    sets = {name: (model, [row for image in images for row in image]) for name, (model, images) in by_image.items()}
+    sets = {name: (model, rows) for name, (model, rows) in sets.items() if rows}
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "accuracy.json"
-    report: Result = {"measured": identity(options.model, {name: len(rows) for name, rows in sets.items()}), "results": {}}
-    if file.exists() and (old := json.loads(file.read_text())).get("measured") == report["measured"]:
-        report = old
+    report: Result = {"measured": {name: identity(model, len(rows)) for name, (model, rows) in sets.items()}, "results": {}}
+    old = json.loads(file.read_text()) if file.exists() else {}
+    for name, measured in report["measured"].items():
+        same = old.get("measured", {}).get(name) == measured
+        report["results"][name] = old["results"].get(name, {}) if same else {}
     report["conditions"] = conditions()
-    answerer = Answerer(options.model)
-    for name, rows in sets.items():
-        results = report["results"].setdefault(name, {})
+    answerers = {model: Answerer(model) for model, _ in sets.values()}
+    for name, (model, rows) in sets.items():
+        results, answerer = report["results"][name], answerers[model]
         for label in labels():
             if label not in results:
                 engine = answerer.engine(policy_of(label, results), tower_tiles_of(label), kept_sets_of(label))
@@ -182,8 +190,8 @@ def each_right(result: Result) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8), count=result["rows"])
 
 
-def identity(model: Path, rows: dict[str, int]) -> Result:
-    """What the numbers depend on; a report of another identity is not continued."""
+def identity(model: Path, rows: int) -> Result:
+    """What a set's numbers depend on; they are measured anew where it is another."""
     settings = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja"))
     return {
         "model_sha256": sha256(model / "model.safetensors"),
@@ -241,7 +249,8 @@ def write(path: Path, text: str) -> None:
 
 def markdown(report: Result) -> str:
     """Tables, the kinds that fall short, and the conditions."""
-    lines = ["Share of answers that are right as a whole, in %, by kind of question; captions must be exact."]
+    lines = ["Share of answers that are right as a whole, in %; captions must be exact.", "", *summary(report["results"])]
+    lines += ["", "By kind of question:"]
     for name, results in report["results"].items():
         shown = {label: results[label] for label in results if label not in ONLY_SETS}
         lines += ["", f"**{name}**, {results['full']['rows']:,} questions", "", *accuracy_table(shown)]
@@ -268,9 +277,30 @@ def markdown(report: Result) -> str:
         "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
         f"them; an image of four tiles has none. {' '.join(map(tower, report['results'], report['results'].values()))}",
         "",
-        f"Conditions: {listed}; model {report['measured']['model_sha256'][:12]}.",
+        f"Conditions: {listed}; model {', '.join(dict.fromkeys(m['model_sha256'][:12] for m in report['measured'].values()))}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def summary(sets: dict[str, dict[str, Result]]) -> list[str]:
+    """A line a configuration: on each set what is right, what was lost, and the most bytes held."""
+    lines = [row(["", *(f"{name}: right · lost · held" for name in sets)]), row(["---", *["---:"] * len(sets)])]
+    for label in labels():
+        cells = []
+        for results in sets.values():
+            full, result = results["full"], results[label]
+            held = times(COSTS["peak held"](result), COSTS["peak held"](full))
+            cells.append(f"{percent(result['accuracy'])} · {'' if label == 'full' else interval(result['lost'])} · {held}")
+        lines.append(row([title(label), *cells]))
+    return lines
+
+
+def title(label: str) -> str:
+    """A line's, where nothing stands on its left."""
+    name, _, k = label.partition(" ")
+    if name == "by-question":
+        return f"K = {k}, a set a question"
+    return f"{name}, as many as K = {k}" if name in ("random", "grid") else heading(label)
 
 
 def accuracy_table(results: dict[str, Result]) -> list[str]:

@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
-from demo import scenes
-from demo.answerer import Answerer
+from demo import MODEL, PHOTO_MODEL, scenes
+from demo.answerer import MAX_NEW_TOKENS, Answerer
 from demo.architecture import build_model, build_processor
+from demo.scenes import FLAT, PHOTO, Style
 from demo.shards import Row, easy_vqa_rows, scene_rows
 from demo.train import easy_vqa_texts
 from pipeline.prompts import Prompter
-from trimming import KeepAll, Policy, Random, SampleTrim, TrimmedLlama, trim
-
-MODEL = Path(__file__).parent.parent / "demo/model"
+from trimming import Clusters, KeepAll, Policy, Random, SampleTrim, TrimmedLlama, trim
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +32,36 @@ def rows() -> list[Row]:
     return easy + [row for image in scene_rows("test", 20, scenes.KINDS) for row in image]
 
 
-def test_weights_are_safetensors_of_at_most_16_mb() -> None:
-    files = {path.name: path.stat().st_size for path in MODEL.iterdir()}
+BOTH = pytest.mark.parametrize(("folder", "style"), [(MODEL, FLAT), (PHOTO_MODEL, PHOTO)], ids=["model", "photo-model"])
+
+
+@BOTH
+def test_weights_are_safetensors_of_at_most_16_mb(folder: Path, style: Style) -> None:
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) <= 16_000_000
     assert "model.safetensors" in files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
 
 
-def test_from_pretrained_loads_the_architecture_of_the_code_without_a_missing_weight() -> None:
-    model, loading = MllamaForConditionalGeneration.from_pretrained(MODEL, output_loading_info=True)
+@BOTH
+def test_from_pretrained_loads_the_architecture_of_the_code_without_a_missing_weight(folder: Path, style: Style) -> None:
+    model, loading = MllamaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert not loading["mismatched_keys"]
-    fresh = build_model(build_processor(easy_vqa_texts()))
+    fresh = build_model(build_processor(easy_vqa_texts(), style), patch=style.patch)
     assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in fresh.state_dict().items()}
     assert model.config.to_diff_dict().keys() >= {"vision_config", "text_config"}
     assert model.config.text_config.cross_attention_layers == fresh.config.text_config.cross_attention_layers
 
 
-def test_the_committed_processor_is_the_one_the_code_builds() -> None:
-    committed, built = AutoProcessor.from_pretrained(MODEL), build_processor(easy_vqa_texts())
+@BOTH
+def test_the_committed_processor_is_the_one_the_code_builds(folder: Path, style: Style) -> None:
+    committed, built = AutoProcessor.from_pretrained(folder), build_processor(easy_vqa_texts(), style)
     assert committed.tokenizer.get_vocab() == built.tokenizer.get_vocab()
     assert committed.tokenizer.padding_side == "left"
     assert committed.chat_template == built.chat_template
-    picture = scenes.draw(scenes.scene("test", 0))
+    picture = scenes.draw(scenes.scene("test", 0, style=style))
     ours, theirs = (p.image_processor([[picture]], return_tensors="pt")["pixel_values"] for p in (committed, built))
     assert ours.equal(theirs)
 
@@ -68,6 +73,18 @@ def test_it_answers_what_it_was_not_trained_on(answerer: Answerer, rows: list[Ro
     scene = [a.right for a in answered if a.row.id.startswith("scenes/")]
     assert sum(easy) / len(easy) >= 0.9
     assert sum(scene) / len(scene) >= 0.6
+
+
+def test_the_second_answers_about_scenes_over_photographs_and_loses_little_to_merging() -> None:
+    """Floors far under the README's table."""
+    answerer = Answerer(PHOTO_MODEL)
+    rows = [row for image in scene_rows("test", 20, scenes.KINDS, PHOTO) for row in image]
+    full, merged = (list(answerer.answer(answerer.engine(p), rows)) for p in (KeepAll(), Clusters(keep=0.1)))
+    assert sum(a.right for a in full) >= 0.7 * len(rows)
+    assert sum(a.right for a in merged) >= sum(a.right for a in full) - 0.1 * len(rows)
+    assert max(a.said.output_tokens for a in full) <= MAX_NEW_TOKENS
+    longest = max(rows, key=lambda row: len(row.answer))
+    assert len(answerer.processor.tokenizer(longest.answer, add_special_tokens=False).input_ids) < MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.25), Random(keep=0.4)], ids=repr)

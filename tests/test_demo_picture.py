@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
-from PIL import Image
 
+from demo import MODEL
 from demo.answerer import Answerer
-from demo.picture import GAP, GEOMETRY, PANEL, ROOT, first_of_each_tile_count, strip, veil
-from jobs.comparison.overlay import Geometry
-
-
-def test_the_geometry_is_the_demo_models() -> None:
-    from pipeline.model import find_checkpoint
-
-    assert Geometry.of(find_checkpoint(str(ROOT / "demo/model"), None).config) == GEOMETRY
-
-
-def test_kept_patches_stay_clear_and_the_rest_is_veiled() -> None:
-    image = Image.new("RGB", (112, 112), (250, 0, 0))
-    veiled = veil(image, [0, 1, GEOMETRY.tokens - 1], (1, 1))
-    assert veiled.size == (448, 448)
-    assert veiled.getpixel((10, 10)) == (250, 0, 0)
-    assert veiled.getpixel((440, 440)) == (250, 0, 0)
-    assert veiled.getpixel((200, 200)) != (250, 0, 0)
-    assert np.array(veil(image, range(GEOMETRY.tokens), (1, 1))).reshape(-1, 3).min(0).tolist() == [250, 0, 0]
+from demo.picture import GAP, PANEL, broken, first_of_each_tile_count, strip
+from demo.scenes import FLAT
+from demo.shards import scene_rows
+from trimming import Clusters, KeepAll
 
 
 def test_a_scene_becomes_a_row_of_panels_that_veil_more_and_more_and_one_of_regions() -> None:
-    answerer = Answerer(ROOT / "demo/model")
-    index = first_of_each_tile_count(answerer)[1]
-    row = np.array(strip(answerer, index, [0.25, 0.05], [0.9]))
+    answerer = Answerer(MODEL)
+    index = first_of_each_tile_count(answerer, FLAT)[1]
+    row = np.array(strip(answerer, FLAT, index, [0.25, 0.05], [0.9]))
     assert row.shape[1] == 4 * (PANEL + GAP) + GAP
     panels = [row[:, GAP + i * (PANEL + GAP) :][:, :PANEL] for i in range(4)]
     veiled = [int((panel.max(-1) < 130).sum()) for panel in panels[:3]]
@@ -38,3 +26,13 @@ def test_a_scene_becomes_a_row_of_panels_that_veil_more_and_more_and_one_of_regi
     # Regions are coloured, the scene's paper is grey.
     coloured = [int((np.ptp(panel, -1) > 60).sum()) for panel in panels]
     assert coloured[3] > 2 * coloured[0]
+
+
+def test_scenes_that_merging_breaks_are_found() -> None:
+    """At a likeness of 0.5 next to nothing is left; each found scene's caption is exact with all features."""
+    answerer = Answerer(MODEL)
+    for index in islice(broken(answerer, FLAT, 0.5), 2):
+        (row,) = next(islice(scene_rows("test", index + 1, ("caption",)), index, None))
+        (full,), (merged,) = (answerer.answer(answerer.engine(p), [row]) for p in (KeepAll(), Clusters(likeness=0.5)))
+        assert full.right
+        assert not merged.right

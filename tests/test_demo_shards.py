@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from demo import easy_vqa, scenes, shards
+from demo import easy_vqa, photographs, scenes, shards
 
 QUESTIONS, SCENES, ROWS = 300, 40, 100
 
@@ -99,6 +99,27 @@ def test_training_shards_hold_training_data_alone(tmp_path: Path) -> None:
     assert all("/train/" in name for name in ids)
 
 
+def test_scenes_over_photographs_are_a_set_of_their_own(tmp_path: Path) -> None:
+    assert write(tmp_path, "--easy-vqa", "0", "--scenes", "0", "--photo-scenes", "3") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes-test"]
+    rows = pq.read_table(tmp_path / "photo-scenes-test").to_pylist()
+    assert [row["id"] for row in rows[:2]] == ["photo-scenes/test/000000/color", "photo-scenes/test/000000/shape"]
+    first = scenes.scene("test", 0, style=scenes.PHOTO)
+    assert rows[5]["answer"] == first.caption
+    with Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as image:
+        assert image.tobytes() == scenes.draw(first).tobytes()
+
+
+def test_photographs_that_are_missing_are_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(photographs, "FOLDER", tmp_path / "nowhere")
+    photographs.photograph.cache_clear()
+    assert write(tmp_path / "out", "--split", "train", "--easy-vqa", "0", "--scenes", "0", "--photo-scenes", "2") == 2
+    assert "python -m demo.photographs" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_the_same_options_leave_the_files_alone(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*.parquet")}
     assert write(written, "--easy-vqa", str(QUESTIONS), "--scenes", str(SCENES)) == 0
@@ -139,6 +160,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_written(
     [
         (["--easy-vqa", "9674"], "9673 questions"),
         (["--scenes", "-1"], "--scenes -1"),
+        (["--photo-scenes", "-2"], "--photo-scenes -2"),
         (["--kinds", "color,smell"], "'smell'"),
         (["--rows-per-shard", "0"], "--rows-per-shard 0"),
     ],

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from demo import answerer, table
+from demo import MODEL, PHOTO_MODEL, answerer, table
 from demo.shards import EASY_VQA_QUESTIONS, Row
 from pipeline.engine import Answer
 from trimming import Clusters, Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.engine import Statistics
 
-MODEL = table.ROOT / "demo/model"
 RESULTS = table.ROOT / "demo/results"
 ANEW = "`make demo-table` measures anew what lies in demo/results (some minutes)"
 
@@ -66,15 +65,20 @@ class FakeAnswerer:
                 self_kv_bytes=1,
                 kept=[],
             )
-            yield answerer.Answered(row, said, 1 + int(row.id.split("/")[2]) if row.id.startswith("scenes/") else 1)
+            yield answerer.Answered(row, said, 1 + int(row.id.split("/")[2]) if "scenes/" in row.id else 1)
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(answerer, "Answerer", FakeAnswerer)
     monkeypatch.setattr(FakeAnswerer, "fail_at", None)
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    return ["--model", str(tmp_path), "--output", str(tmp_path / "results"), "--easy-vqa", "50", "--scenes", "4"]
+    folders = {name: tmp_path / name for name in ("model", "photo-model")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+    sizes = ["--easy-vqa", "50", "--scenes", "4", "--photo-scenes", "2"]
+    models = [f"--{name}={folder}" for name, folder in folders.items()]
+    return [*models, *sizes, "--output", str(tmp_path / "results")]
 
 
 def test_each_k_has_both_kinds_of_kept_sets_and_three_have_controls() -> None:
@@ -108,7 +112,11 @@ def test_controls_take_the_kept_fraction_that_was_measured() -> None:
 def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert table.main(arguments) == 0
     report = json.loads((tmp_path / "results/accuracy.json").read_text())
-    assert set(report["results"]) == {"easy-vqa-test", "scenes-test"}
+    assert {name: results["full"]["rows"] for name, results in report["results"].items()} == {
+        "easy-vqa-test": 50,
+        "scenes-test": 24,
+        "photo-scenes-test": 12,
+    }
     scenes = report["results"]["scenes-test"]
     assert list(scenes) == list(table.labels())
     assert scenes["full"]["kinds"]["color"] == {"rows": 4, "right": 4}
@@ -122,6 +130,11 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert scenes["random 0.05"]["policy"] == "Random(keep=0.5, seed=0)"
     assert report["conditions"]["dtype"] == "float32"
     page = (tmp_path / "results/accuracy.md").read_text()
+    assert "|  | easy-vqa-test: right · lost · held | scenes-test: right · lost · held | photo-scenes-test:" in page
+    assert "| 33.3 ·  · 1.00 × | 33.3 ·  · 1.00 × |" in page
+    (grid,) = [line for line in page.splitlines() if line.startswith("| grid, as many as K = 0.15 | ")]
+    assert grid.endswith(" | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × |")
+    assert "| K = 0.1, a set a question | " in page
     assert "| question | rows | full | real tiles | K = 0.25 | random | grid | K = 0.15 | random | grid |" in page
     assert "| clusters 0.95 | clusters 0.9 | clusters 0.85 |" in page
     assert "| color | 4 | 100.0 |" in page
@@ -167,18 +180,19 @@ def test_a_stopped_measurement_is_continued_and_another_model_starts_anew(
     assert FakeAnswerer.calls[0] == "TrimmedLlama(k_ratio=0.15), all tiles, by image"
     assert table.main(arguments) == 0
     assert FakeAnswerer.calls == []
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    (tmp_path / "photo-model/model.safetensors").write_bytes(b"other weights")
     assert table.main(arguments) == 0
     assert FakeAnswerer.calls[:2] == ["KeepAll(), all tiles, by image", "KeepAll(), real tiles, by image"]
+    assert len(FakeAnswerer.calls) == len(list(table.labels())), "the sets of the other model stay"
 
 
 @pytest.mark.parametrize("changed", ["chat_template.jinja", "config.json", "model.safetensors"])
 def test_another_file_of_the_model_is_another_identity(tmp_path: Path, changed: str) -> None:
     for name in ("chat_template.jinja", "config.json", "model.safetensors"):
         (tmp_path / name).write_text("one")
-    before = table.identity(tmp_path, {"scenes-test": 6})
+    before = table.identity(tmp_path, 6)
     (tmp_path / changed).write_text("other")
-    assert table.identity(tmp_path, {"scenes-test": 6}) != before
+    assert table.identity(tmp_path, 6) != before
 
 
 def test_the_code_that_decides_an_answer_is_part_of_the_identity() -> None:
@@ -204,14 +218,19 @@ def test_the_committed_results_are_whole_and_their_page_says_the_same() -> None:
     report = committed()
     for name, results in report["results"].items():
         assert list(results) == list(table.labels()), f"{name} was measured in other columns: {ANEW}"
-    assert report["measured"]["rows"] == {"easy-vqa-test": EASY_VQA_QUESTIONS["test"], "scenes-test": 3_000}
+    assert {name: measured["rows"] for name, measured in report["measured"].items()} == {
+        "easy-vqa-test": EASY_VQA_QUESTIONS["test"],
+        "scenes-test": 3_000,
+        "photo-scenes-test": 3_000,
+    }
     assert (RESULTS / "accuracy.md").read_text() == table.markdown(report), f"accuracy.md is not accuracy.json's: {ANEW}"
 
 
 def test_the_committed_results_belong_to_the_committed_model_and_code() -> None:
-    measured = committed()["measured"]
-    now = table.identity(MODEL, measured["rows"])
-    differ = [name for name in now if measured.get(name) != now[name]]
+    differ = set()
+    for name, measured in committed()["measured"].items():
+        now = table.identity(PHOTO_MODEL if name == "photo-scenes-test" else MODEL, measured["rows"])
+        differ |= {key for key in now if measured.get(key) != now[key]}
     assert "model_sha256" not in differ, f"demo/results tells of another model: {ANEW}"
     if differ:
         # Not every change of code changes an answer, so this is no failure.

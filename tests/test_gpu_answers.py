@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.gpu import answer_inputs, answers
 from benchmarks.gpu.amounts import TINY_GPU
-from benchmarks.gpu.answer_inputs import FILE, MODEL, POLICIES, CpuAnswer, Question
+from benchmarks.gpu.answer_inputs import FILE, POLICIES, CpuAnswer, Question
 from benchmarks.gpu.answers import DTYPES, DemoAnswers, compare, faults, measure_answers
 from benchmarks.gpu.bench import Bench, SectionError
-from demo import table
+from demo import MODEL, table
 from demo.answerer import Answered, Answerer
 from jobs.comparison.bootstrap import Clusters, score
 

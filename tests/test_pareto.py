@@ -14,9 +14,8 @@ from benchmarks import pareto, pareto_page, pareto_plots, pareto_results
 from benchmarks.pareto_contenders import BY_QUESTION, CONTENDERS, REFERENCE, WHOLE, View, of_channels
 from benchmarks.pareto_contenders import POLICIES as FAMILIES
 from benchmarks.pareto_run import TOLERANCE, Bench, DataSet, Entry, Journal, Study, code_of, find
-from demo import scenes, shards
+from demo import MODEL, scenes, shards
 from demo.shards import Row
-from demo.table import ROOT
 from pipeline.config import POLICIES
 from trimming import FastV, Grid, KeepAll, ThinK, TrimmedLlama, VisionZip
 
@@ -112,8 +111,13 @@ def hand_made() -> dict[str, Any]:
         "contenders": [REFERENCE, "fastv", "spread", "think", "of our own", "random", "grid"],
         "controls": ["random", "grid"],
         "conditions": {"torch": "1.2.3"},
-        "model_sha256": "0123456789abcdef",
-        "sets": {"made up": {**pareto_results.compared(points, rows), "tower_ms_per_image": {"as they are": 9.0}}},
+        "sets": {
+            "made up": {
+                **pareto_results.compared(points, rows),
+                "tower_ms_per_image": {"as they are": 9.0},
+                "model_sha256": "0123456789abcdef",
+            }
+        },
     }
 
 
@@ -133,6 +137,16 @@ def test_page_says_where_a_control_wins() -> None:
     assert "- At 0.5: nothing on all sets." in page
     assert "| 1 tile at most | 15.2 | 1.50 | 0.0 ± 0.0 | 15.0 | −50.0 (−50.0 to −50.0): worse |" in page
     assert "of our own" not in page, "what was not measured has no row"
+
+
+def test_three_sets_have_a_plot_each_and_say_who_answered_them() -> None:
+    report = hand_made()
+    (data,) = report["sets"].values()
+    report["sets"] = {"one": data, "two": data, "three": {**data, "model_sha256": "fedcba9876543210"}}
+    page = pareto_page.markdown(report)
+    assert "one by model 0123456789ab, two by model 0123456789ab, three by model fedcba987654." in page
+    for svg in pareto_plots.plots(report).values():
+        assert all(svg.count(f"{name}, 80 questions") == 1 for name in report["sets"])
 
 
 def test_page_bolds_what_is_best_by_kind() -> None:
@@ -156,7 +170,7 @@ def study(tmp_path: Path) -> Callable[[], Study]:
     data = DataSet("scenes-test", list(shards.scene_rows("test", 8, scenes.KINDS[:2])), blocks=2)
 
     def begin() -> Study:
-        return Study(Bench(ROOT / "demo/model"), Journal(tmp_path / "cells.jsonl"), data, lambda _: None)
+        return Study(Bench(MODEL), Journal(tmp_path / "cells.jsonl"), data, lambda _: None)
 
     return begin
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from demo import scenes, shards
+from demo import MODEL, scenes, shards
 from demo.answerer import Answerer
 from demo.shards import Row
 from demo.table import sha256
@@ -23,7 +23,6 @@ from trimming import KeepAll, Policy, TrimmedLlama
 from trimming.engine import KeptSets
 
 FILE = Path(__file__).with_name("answers.parquet")
-MODEL = Path(__file__).resolve().parents[2] / "demo/model"
 POLICIES: Mapping[str, Policy] = {"full": KeepAll(), "trimmed": TrimmedLlama(k_ratio=0.25)}
 KEPT_SETS: KeptSets = "question"
 """An answer must not depend on which questions are asked beside it: a rehearsal and the tests ask a few."""

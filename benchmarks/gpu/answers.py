@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.gpu.answer_inputs import KEPT_SETS, MODEL, POLICIES, Question, read
+from benchmarks.gpu.answer_inputs import KEPT_SETS, POLICIES, Question, read
 from benchmarks.gpu.bench import Bench, Result, SectionError, without_tf32
+from demo import MODEL
 from demo.answerer import Answered, Answerer
 from jobs.comparison.bootstrap import Clusters, score
 from pipeline.engine import Engine

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
 from benchmarks.gpu.bench import Bench, Result
-from demo import scenes
+from demo import MODEL, scenes
 from pipeline.images import Normaliser, Tiler
 from pipeline.model import find_checkpoint, load_model, load_processor
 from pipeline.prompts import Prompter
@@ -23,7 +22,6 @@ from trimming import Policy
 from trimming.engine import Completion, Engine, Image, Request
 from trimming.engine.sequence import Sequence_
 
-MODEL = Path(__file__).resolve().parents[3] / "demo" / "model"
 CPU = torch.device("cpu")
 KV_BYTES = 1 << 26
 """Room for all rows of a check: an image of four tiles takes half a megabyte in fp32."""
