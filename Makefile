@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-picture train-demo train-photo-demo bench gpu-kit gpu-rehearsal answer-inputs pareto test browser soak lint clean
+.PHONY: help .venv demo demo-shards demo-report demo-calibrate demo-table demo-variance demo-picture train-demo train-photo-demo bench gpu-kit gpu-rehearsal answer-inputs pareto test browser soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
@@ -39,19 +39,23 @@ demo-calibrate: demo-shards ## find the smallest K that holds 90 % agreement on 
 	$(BIN)/python -m jobs.calibrate --input $(OUTPUT)/shards/scenes-test --output $(OUTPUT)/calibration --model demo/model \
 	  --target-agreement 0.9
 
-demo-table: .venv ## measure accuracy by kind, policy and kept fraction over the whole test data (a quarter of an hour; resumable)
+demo-table: .venv ## measure accuracy by kind, policy and kept fraction, both models on all of their test data (half an hour; resumable)
 	$(BIN)/python -m demo.table --output demo/results
 
-demo-picture: .venv ## draw the kept features over held-out scenes
+demo-variance: .venv ## count the clusters that explain real photographs' features, through both models' towers (some minutes)
+	$(BIN)/python -m demo.variance --output demo/results
+
+demo-picture: .venv ## draw the kept features over held-out scenes, and scenes that merging breaks
 	$(BIN)/python -m demo.picture --output demo/results/kept-features.png
+	$(BIN)/python -m demo.picture --output demo/results/broken.png --style photo-scenes --broken 4 --k-ratio --likeness 0.95 0.9
 
 train-demo: .venv ## train the demo model from scratch (an hour and more on CPU; resumable)
 	$(BIN)/python -m demo.train --work build/demo-train --output demo/model
 
 train-photo-demo: .venv ## train a second one from its weights, on scenes over photographs from Debian's packages (some hours on CPU; resumable)
 	$(BIN)/python -m demo.photographs
-	$(BIN)/python -m demo.train --work build/photo-train --output build/photo-model --style photo-scenes --start demo/model \
-	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 400
+	$(BIN)/python -m demo.train --work build/photo-train --output demo/photo-model --style photo-scenes --start demo/model \
+	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 600
 
 bench: .venv ## measure the engine beside transformers' generate on this machine (half an hour on two idle cores)
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results
@@ -67,7 +71,7 @@ gpu-rehearsal: .venv ## the same on a CPU with a tiny model: shows that every se
 answer-inputs: .venv ## make the GPU kit's questions and the CPU's answers to them anew (a minute)
 	$(BIN)/python -m benchmarks.gpu.answer_inputs
 
-pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal held bytes, and draw quality against bytes and time (25 minutes; resumable)
+pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal held bytes, and draw quality against bytes and time (an hour; resumable)
 	$(BIN)/python -m benchmarks.pareto --output benchmarks/results
 
 browser: ## install Debian's Chromium, in which tests open the report, where it is missing and apt may be used
