@@ -3,7 +3,7 @@
 Over easy-VQA's whole test split, held-out scenes, and held-out scenes over photographs with the second model: the full model;
 the full model with padding tiles left out of its vision tower; ``TrimmedLlama`` at five K, with one kept set an image and with
 one a question; at three of these K ``Random`` and ``Grid`` at the mean kept fraction that TrimmedLlama by image was just
-measured to have on that data set; and ``Clusters`` at three likenesses. All of it goes through the engine that the jobs run.
+measured to have on that data set; and ``Clusters`` at a tenth of the features and three likenesses. All of it goes through the engine that the jobs run.
 Writes ``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at the end.
 """
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIOS = (0.4, 0.25, 0.15, 0.1, 0.05)
 LIKENESSES = (0.95, 0.9, 0.85)
-"""Of clusters."""
+"""Of clusters; beside them a share of each image's features, whatever the image:"""
+SHARE = 0.1
 CONTROLLED = (0.25, 0.15, 0.05)
 """The K with controls, which are shown by kind of question."""
 WEAK = 0.80
@@ -105,12 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def labels() -> Iterator[str]:
     """What is measured: everything kept, exactly and by the tower's approximation; for each K the method with one kept set an
-    image and with one a question, and the controls, named after the K whose kept fraction they match; clusters by likeness."""
+    image and with one a question, and the controls, named after the K whose kept fraction they match; clusters by share and by
+    likeness."""
     yield from ("full", "real-tiles")
     for k in K_RATIOS:
         yield from (f"trimmed-llama {k}", f"by-question {k}")
         if k in CONTROLLED:
             yield from (f"random {k}", f"grid {k}")
+    yield f"share {SHARE}"
     yield from (f"clusters {likeness}" for likeness in LIKENESSES)
 
 
@@ -123,6 +126,8 @@ def policy_of(label: str, results: dict[str, Result]) -> Policy:
         return KeepAll()
     if name in ("trimmed-llama", "by-question"):
         return TrimmedLlama(k_ratio=float(k))
+    if name == "share":
+        return Clusters(keep=float(k))
     if name == "clusters":
         return Clusters(likeness=float(k))
     keep = results[f"trimmed-llama {k}"]["keep_fraction"]
@@ -200,6 +205,7 @@ def identity(model: Path, rows: int) -> Result:
         "rows": rows,
         "k_ratios": list(K_RATIOS),
         "likenesses": list(LIKENESSES),
+        "share": SHARE,
     }
 
 
@@ -265,7 +271,7 @@ def markdown(report: Result) -> str:
         "",
         "K: trimmed-llama with one kept set for all questions about an image. by question: the same K with a kept set for each "
         "question. random and grid: at the kept fraction measured for the K on their left. clusters: features of an image "
-        "merged up to this likeness, whatever is asked, each mean counting as often as it has members.",
+        "merged to this share or up to this likeness, whatever is asked, each mean counting as often as it has members.",
         "",
         "lost: percentage points below full on the same rows, with a 95 % interval (bootstrap over images).",
         "",
@@ -345,7 +351,8 @@ COSTS: dict[str, Callable[[Result], float]] = {
 
 def heading(label: str) -> str:
     name, _, k = label.partition(" ")
-    return {"trimmed-llama": f"K = {k}", "clusters": label}.get(name, name.replace("-", " "))
+    named = {"trimmed-llama": f"K = {k}", "clusters": label, "share": f"clusters, {SHARE:.0%}"}
+    return named.get(name, name.replace("-", " "))
 
 
 def interval(lost: Result) -> str:

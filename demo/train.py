@@ -13,7 +13,8 @@ Three stages, one schedule (measured on two CPU cores, see the README's table fo
 
 Both are the engine's own tower, which needs no mask: what is learnt is what will be computed.
 
-Training pictures are easy-VQA's train split and the train split of the style's scenes; test pictures and questions never enter.
+Training pictures are the train split of the style's scenes and, for the first model, easy-VQA's train split; test pictures and
+questions never enter.
 The cross-attention rows follow Meta's semantics (rows before the image get nothing from cross-attention layers). The run is
 seeded, writes a checkpoint every few minutes and continues from it when started again.
 """
@@ -96,7 +97,8 @@ def main() -> None:
     drills = [scene_picture(processor, "train", i, options.seed, style, drill=True) for i in range(options.drills)]
     # Never trained on, drawn by the training scenes' rules.
     validation = [scene_picture(processor, "train", 10_000_000 + i, 1, style) for i in range(200)]
-    easy = easy_pictures(processor, "train")
+    # Of which the second model is asked nothing.
+    easy = easy_pictures(processor, "train") if style == FLAT else []
     print(
         f"{len(train)} scenes, {len(drills)} drills and {len(easy)} easy-VQA images in {time.time() - began:.0f} s", flush=True
     )
@@ -154,11 +156,11 @@ def save(model: MllamaForConditionalGeneration, processor: MllamaProcessor, fold
 
 def learning_rate(step: int, steps: dict[str, int]) -> float:
     """Each stage warms up over 100 steps. The tower's rate then stays up until its last fifth, as letters are learnt late; the
-    others' follow cosines, the last from lower, as it only has to make room for padding tiles."""
+    others' follow cosines, the last from lower, as it mostly has to make room for padding tiles."""
     tower, language, exact = steps.values()
     if step < tower:
         return 9e-4 * min(1.0, (step + 1) / 100) * min(1.0, max(0.1, (tower - step) / (0.2 * tower)))
-    at, length, peak = (step - tower, language, 9e-4) if step < tower + language else (step - tower - language, exact, 3e-4)
+    at, length, peak = (step - tower, language, 9e-4) if step < tower + language else (step - tower - language, exact, 5e-4)
     return peak * min(1.0, (at + 1) / 100) * max(0.03, 0.5 * (1 + math.cos(math.pi * at / length)))
 
 
@@ -263,9 +265,10 @@ class Sampler:
         if stage == "tower":
             yield rng.sample(self.drills, 2 * self.batch[1])
         else:
-            # Three tenths scenes, a quarter drills, the rest easy-VQA.
+            # Three tenths scenes, a quarter drills, the rest easy-VQA, where it is learnt.
             single, drills = round(0.3 * self.batch[1]), self.batch[1] // 4
-            mix = ((self.groups[1, few], single), (self.drills, drills), (self.easy, self.batch[1] - single - drills))
+            easy = self.batch[1] - single - drills if self.easy else 0
+            mix = ((self.groups[1, few], single), (self.drills, drills), (self.easy, easy))
             yield thinned([picture for pictures, count in mix for picture in rng.sample(pictures, count)], rng)
 
 

@@ -92,7 +92,7 @@ def test_each_k_has_both_kinds_of_kept_sets_and_three_have_controls() -> None:
         "by-question 0.25",
     ]
     assert labels[6:8] == ["random 0.25", "grid 0.25"]
-    assert labels[18:] == ["clusters 0.95", "clusters 0.9", "clusters 0.85"]
+    assert labels[18:] == ["share 0.1", "clusters 0.95", "clusters 0.9", "clusters 0.85"]
     assert [label for label in labels if table.tower_tiles_of(label) == "real"] == ["real-tiles"]
     assert {label for label in labels if table.kept_sets_of(label) == "question"} == {
         f"by-question {k}" for k in table.K_RATIOS
@@ -105,6 +105,7 @@ def test_controls_take_the_kept_fraction_that_was_measured() -> None:
     assert table.policy_of("trimmed-llama 0.15", results) == TrimmedLlama(k_ratio=0.15)
     assert table.policy_of("by-question 0.15", results) == TrimmedLlama(k_ratio=0.15)
     assert table.policy_of("clusters 0.9", results) == Clusters(likeness=0.9)
+    assert table.policy_of("share 0.1", results) == Clusters(keep=0.1)
     assert table.policy_of("random 0.15", results) == Random(keep=0.4567)
     assert table.policy_of("grid 0.15", results) == Grid(keep=0.4567)
 
@@ -136,7 +137,7 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert grid.endswith(" | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × |")
     assert "| K = 0.1, a set a question | " in page
     assert "| question | rows | full | real tiles | K = 0.25 | random | grid | K = 0.15 | random | grid |" in page
-    assert "| clusters 0.95 | clusters 0.9 | clusters 0.85 |" in page
+    assert "| clusters, 10% | clusters 0.95 | clusters 0.9 | clusters 0.85 |" in page
     assert "| color | 4 | 100.0 |" in page
     assert "| on images of 3 tiles | 6 | 33.3 | 33.3 | 16.7 |" in page
     assert "| lost |  |  | 0.0 (0.0 to 0.0) | 16.7 (16.7 to 16.7) |" in page
