@@ -3,8 +3,9 @@
 Over easy-VQA's whole test split, held-out scenes, and held-out scenes over photographs with the second model: the full model;
 the full model with padding tiles left out of its vision tower; ``TrimmedLlama`` at five K, with one kept set an image and with
 one a question; at three of these K ``Random`` and ``Grid`` at the mean kept fraction that TrimmedLlama by image was just
-measured to have on that data set; and ``Clusters`` at a tenth of the features and three likenesses. All of it goes through the engine that the jobs run.
-Writes ``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at the end.
+measured to have on that data set; and ``Clusters`` at a tenth of the features and at three likenesses. All of it goes through
+the engine that the jobs run. Writes ``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at
+the end.
 """
 
 from __future__ import annotations
