@@ -47,7 +47,7 @@ demo-variance: .venv ## count the clusters that explain real photographs' featur
 
 demo-picture: .venv ## draw the kept features over held-out scenes, and scenes that merging breaks
 	$(BIN)/python -m demo.picture --output demo/results/kept-features.png
-	$(BIN)/python -m demo.picture --output demo/results/broken.png --style photo-scenes --broken 4 --k-ratio --likeness 0.95 0.9
+	$(BIN)/python -m demo.picture --output demo/results/broken.jpg --style photo-scenes --broken 4 --k-ratio --likeness 0.95 0.85
 
 train-demo: .venv ## train the demo model from scratch (an hour and more on CPU; resumable)
 	$(BIN)/python -m demo.train --work build/demo-train --output demo/model

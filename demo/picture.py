@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--style", choices=tuple(STYLES), default=FLAT.name, help="of the scenes (default: %(default)s)")
     parser.add_argument("--model", type=Path, help="default: the demo model of that style")
-    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--output", type=Path, required=True, help="PNG or JPEG file to write")
     parser.add_argument("--scenes", type=int, nargs="+", metavar="I", help="held-out scenes by index")
     parser.add_argument("--broken", type=int, metavar="N", help="in their place: scenes whose caption merging breaks")
     parser.add_argument("--k-ratio", type=float, nargs="*", metavar="K", default=[0.25, 0.05])
