@@ -55,7 +55,7 @@ train-demo: .venv ## train the demo model from scratch (an hour and more on CPU;
 train-photo-demo: .venv ## train a second one from its weights, on scenes over photographs from Debian's packages (some hours on CPU; resumable)
 	$(BIN)/python -m demo.photographs
 	$(BIN)/python -m demo.train --work build/photo-train --output demo/photo-model --style photo-scenes --start demo/model \
-	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 600
+	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 900
 
 bench: .venv ## measure the engine beside transformers' generate on this machine (half an hour on two idle cores)
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amounts:
-    """The defaults end within half an hour on two cores."""
+    """The defaults end within some half an hour on two cores."""
 
     tiny: bool = False
     """The tiny model instead of the one with Llama-3.2-Vision's proportions."""
@@ -29,11 +29,11 @@ class Amounts:
     """Prompts of the prefills that selection is measured on."""
     selection_turns: int = 16
     """Such prefills with each policy."""
-    clusterings: int = 8
-    """Times that the captioning images are encoded, and merged, for what merging takes."""
+    clusterings: int = 5
+    """Times that a part of the captioning images are encoded, and merged, for what merging takes."""
     rounds: int = 3
     """Passes of every other contender, at most."""
-    minutes: float = 28.0
+    minutes: float = 33.0
     """No round begins that would not end in this time, what comes after it included."""
     max_sequences: int = 128
     """Rows that the engine decodes at once, at most: the peer's largest batch."""

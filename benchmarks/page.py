@@ -206,8 +206,8 @@ def _notes(result: Result) -> list[str]:
     lines = [
         f"- **Machine**: {conditions['hardware']}, {conditions['cores']} cores, {conditions['threads']} threads; torch "
         f"{conditions['torch']}, transformers {conditions['transformers']}, {conditions['dtype']}, {conditions['attention']}, "
-        f"greedy; commit {conditions['commit']}. One process, all in turns: medians of {conditions['rounds']} rounds "
-        f"for what has a goal (peer, continuous batching, trimming), one pass of the others; seed {conditions['seed']}.",
+        f"greedy; commit {conditions['commit']}. One process, all in turns: medians of {conditions['rounds']} rounds for what "
+        f"has a goal (peer, continuous batching, trimming, merging), one pass of the others; seed {conditions['seed']}.",
         f"- **Model**: random weights, {model['parameters'] / 1e6:.0f} M parameters: hidden {model['hidden']}, "
         f"{len(model['cross_attention_layers'])} of {model['layers']} layers cross-attending, "
         f"{model['visual_tokens_per_tile']} visual tokens a tile; the tower has {shares['tower_share']:.0%} of the mean "

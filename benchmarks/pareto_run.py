@@ -32,7 +32,7 @@ from trimming.engine import KeptSets
 
 TOLERANCE, TRIES = 0.004, 12
 """A search ends at a share this near, or after as many passes over a block,"""
-FINEST = 1 / 1024
+FINEST = 1 / 2048
 """or between parameters this near: no image has more than 1,028 features."""
 ROUNDS = 3
 """Searches for one share at most, each followed by a pass over all blocks."""

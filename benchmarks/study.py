@@ -98,8 +98,9 @@ class Study:
         for name in ("captioning", "questions"):
             policy = self.halves[name].policy
             self.selection[name] = measure_selection(self.ours, self.loads[name], policy, self.amounts, self.say)
-        self.say(f"merging: {self.amounts.clusterings} times {len(self.captioning.images)} images")
-        self.clustering = measure_clustering(self.ours, self.captioning, self.amounts.clusterings)
+        part = self.captioning.first(2 * SWEPT_ROWS)
+        self.say(f"merging: {self.amounts.clusterings} times {len(part.images)} images")
+        self.clustering = measure_clustering(self.ours, part, self.amounts.clusterings)
         self.passes = self._take_turns(spare)
 
     def batch_sizes(self, name: str) -> list[int]:

@@ -6,3 +6,5 @@ MODEL = Path(__file__).parent / "model"
 """Answers easy-VQA and scenes on plain paper; 65 visual tokens a tile."""
 PHOTO_MODEL = Path(__file__).parent / "photo-model"
 """Answers scenes over photographs; 257 visual tokens a tile."""
+MODELS = {"scenes": MODEL, "photo-scenes": PHOTO_MODEL}
+"""By the name of the scenes' style."""

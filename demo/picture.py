@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from demo import MODEL, PHOTO_MODEL, scenes, shards
+from demo import MODELS, scenes, shards
 from demo.scenes import FLAT, STYLES, Style
 from jobs.comparison.overlay import Geometry
 
@@ -39,13 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--k-ratio", type=float, nargs="*", metavar="K", default=[0.25, 0.05])
     parser.add_argument("--likeness", type=float, nargs="+", metavar="L", default=[0.9])
     options = parser.parse_args(arguments)
+    if options.broken is not None and options.broken < 1:
+        parser.error(f"--broken {options.broken}: give 1 or more")
 
     from demo.answerer import Answerer
 
     style = STYLES[options.style]
-    answerer = Answerer(options.model or (MODEL if style == FLAT else PHOTO_MODEL))
+    answerer = Answerer(options.model or MODELS[style.name])
     if options.broken:
         chosen = list(islice(broken(answerer, style, options.likeness[-1]), options.broken))
+        if not chosen:
+            print(f"demo.picture: a likeness of {options.likeness[-1]:g} breaks no caption", file=sys.stderr)
+            return 1
     else:
         chosen = options.scenes or first_of_each_tile_count(answerer, style)
     rows = [strip(answerer, style, index, options.k_ratio, options.likeness) for index in chosen]

@@ -66,6 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--photo-scenes", type=int, metavar="N", default=500, help="default: %(default)s, six questions each")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads; default: torch's own choice")
     options = parser.parse_args(arguments)
+    for name in ("easy_vqa", "scenes", "photo_scenes"):
+        if (count := getattr(options, name)) < 0:
+            parser.error(f"--{name.replace('_', '-')} {count}: give 0 or more")
+    asked = [options.model] * (options.easy_vqa + options.scenes > 0) + [options.photo_model] * (options.photo_scenes > 0)
+    if not asked:
+        parser.error("nothing to measure")
+    if lacking := [folder for folder in asked if not (folder / "model.safetensors").exists()]:
+        parser.error(f"{lacking[0]} holds no model")
 
     import torch
 
@@ -82,15 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sets = {name: (model, rows) for name, (model, rows) in sets.items() if rows}
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "accuracy.json"
-    report: Result = {"measured": {name: identity(model, len(rows)) for name, (model, rows) in sets.items()}, "results": {}}
-    old = json.loads(file.read_text()) if file.exists() else {}
-    for name, measured in report["measured"].items():
-        same = old.get("measured", {}).get(name) == measured
-        report["results"][name] = old["results"].get(name, {}) if same else {}
-    report["conditions"] = conditions()
+    # Sets that this run is not asked for stay as they are.
+    report: Result = {"sets": json.loads(file.read_text()).get("sets", {}) if file.exists() else {}}
     answerers = {model: Answerer(model) for model, _ in sets.values()}
     for name, (model, rows) in sets.items():
-        results, answerer = report["results"][name], answerers[model]
+        measured, answerer = identity(model, len(rows)), answerers[model]
+        if report["sets"].get(name, {}).get("measured") != measured:
+            report["sets"][name] = {"measured": measured, "conditions": conditions(), "results": {}}
+        results = report["sets"][name]["results"]
         for label in labels():
             if label not in results:
                 engine = answerer.engine(policy_of(label, results), tower_tiles_of(label), kept_sets_of(label))
@@ -214,7 +221,7 @@ def code() -> list[Path]:
     """The files that decide which rows are asked and what is answered to them on a CPU."""
     trimming = [path for path in (ROOT / "trimming").rglob("*.py") if path.relative_to(ROOT / "trimming") not in ELSEWHERE]
     asking = [ROOT / "pipeline" / f"{name}.py" for name in ("engine", "images", "model", "pictures", "prompts")]
-    asked = [ROOT / "demo" / f"{name}.py" for name in ("answerer", "easy_vqa", "scenes", "shards")]
+    asked = [ROOT / "demo" / f"{name}.py" for name in ("answerer", "easy_vqa", "photographs", "scenes", "shards")]
     return sorted([*trimming, *asking, *asked])
 
 
@@ -256,9 +263,10 @@ def write(path: Path, text: str) -> None:
 
 def markdown(report: Result) -> str:
     """Tables, the kinds that fall short, and the conditions."""
-    lines = ["Share of answers that are right as a whole, in %; captions must be exact.", "", *summary(report["results"])]
+    sets = {name: one["results"] for name, one in report["sets"].items()}
+    lines = ["Share of answers that are right as a whole, in %; captions must be exact.", "", *summary(sets)]
     lines += ["", "By kind of question:"]
-    for name, results in report["results"].items():
+    for name, results in sets.items():
         shown = {label: results[label] for label in results if label not in ONLY_SETS}
         lines += ["", f"**{name}**, {results['full']['rows']:,} questions", "", *accuracy_table(shown)]
         lines += ["", f"Kinds under {WEAK:.0%}:", ""]
@@ -267,7 +275,6 @@ def markdown(report: Result) -> str:
             lines.append(f"- {label}: {', '.join(weak) or 'none'}")
         lines += ["", f"One kept set an image and one a question on {name}, from the highest peak held to the lowest:", ""]
         lines += kept_sets_table(results)
-    listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
     lines += [
         "",
         "K: trimmed-llama with one kept set for all questions about an image. by question: the same K with a kept set for each "
@@ -279,13 +286,15 @@ def markdown(report: Result) -> str:
         "held: cross-attention keys and values in the engine's memory, what rows share counted once: most at once, and bytes "
         "times the seconds of prefill and decoding that they were held for. Images were encoded beforehand. × is a multiple of "
         "full's. One pass each, one after the other: a drift of the machine's speed is in byte-seconds (full and real tiles "
-        "hold the same); seconds beside each other are `make bench`'s.",
+        "hold nearly the same); seconds beside each other are `make bench`'s.",
         "",
         "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
-        f"them; an image of four tiles has none. {' '.join(map(tower, report['results'], report['results'].values()))}",
+        f"them; an image of four tiles has none. {' '.join(map(tower, sets, sets.values()))}",
         "",
-        f"Conditions: {listed}; model {', '.join(dict.fromkeys(m['model_sha256'][:12] for m in report['measured'].values()))}.",
     ]
+    for name, one in report["sets"].items():
+        listed = "; ".join(f"{key} {value}" for key, value in one["conditions"].items())
+        lines += ["", f"Conditions, {name}: {listed}; model {one['measured']['model_sha256'][:12]}."]
     return "\n".join(lines) + "\n"
 
 

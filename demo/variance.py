@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo import MODEL, PHOTO_MODEL, photographs, scenes
-from demo.scenes import FLAT, PHOTO, Style
+from demo import MODELS, photographs, scenes
+from demo.scenes import STYLES, Style
 from demo.table import LIKENESSES, conditions, percent, row, sha256, write
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from demo.answerer import Answerer
 
 EXPLAINED = (0.95, 0.99)
-MODELS = {"demo/model": (MODEL, FLAT), "demo/photo-model": (PHOTO_MODEL, PHOTO)}
 Result = dict[str, Any]
 
 
@@ -40,12 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--images", type=int, metavar="N", default=most, help="of each kind (default: %(default)s, all there are)"
     )
     options = parser.parse_args(arguments)
+    if not 1 <= options.images <= most:
+        parser.error(f"--images {options.images}: there are {most} photographs")
 
     from demo.answerer import Answerer
 
     report: Result = {"models": {}, "conditions": conditions()}
-    for name, (folder, style) in MODELS.items():
-        answerer = Answerer(folder)
+    for kind, folder in MODELS.items():
+        answerer, style, name = Answerer(folder), STYLES[kind], f"demo/{folder.name}"
         kinds = {"photographs": whole_photographs(), "scenes": four_tile_scenes(answerer, style)}
         found = {kind: [measured(answerer, *image) for image in say(islice(images, options.images), f"{name}, {kind}")]
                  for kind, images in kinds.items()}  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
-from benchmarks import cpu, workloads
+from benchmarks import cpu, merging, workloads
 from benchmarks.half import find_half
 from benchmarks.language import Known, KnownBehind, LanguagePasses
 from benchmarks.merging import measure_clustering
@@ -30,6 +30,7 @@ from pipeline.pictures import decode
 from trimming import KeepAll, TrimmedLlama
 from trimming.costs import Costs
 from trimming.engine import KeptSets
+from trimming.engine.vision import encoded_images
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,10 +240,14 @@ def test_half_of_the_features_can_give_what_the_stages_can_save(
     assert 6 - 6 / end == pytest.approx(3 - 3 / generation)
 
 
-def test_what_merging_takes_is_measured_turn_by_turn(ours: Ours, captioning: Workload) -> None:
+def test_what_merging_takes_is_measured_turn_by_turn(ours: Ours, captioning: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = []
+    monkeypatch.setattr(merging, "encoded_images", lambda *a: merged.extend(found := encoded_images(*a)) or found)
     found = measure_clustering(ours, captioning, turns=3)
     assert len(found) == 3
     assert all(share > 0 for share in found)
+    assert len(merged) == 3 * len(captioning.images)
+    assert all(one.members is not None for one in merged)
 
 
 # ---- turns and page ---------------------------------------------------------------------------------------------------------

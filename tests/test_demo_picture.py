@@ -31,7 +31,9 @@ def test_a_scene_becomes_a_row_of_panels_that_veil_more_and_more_and_one_of_regi
 def test_scenes_that_merging_breaks_are_found() -> None:
     """At a likeness of 0.5 next to nothing is left; each found scene's caption is exact with all features."""
     answerer = Answerer(MODEL)
-    for index in islice(broken(answerer, FLAT, 0.5), 2):
+    found = list(islice(broken(answerer, FLAT, 0.5), 2))
+    assert len(found) == 2
+    for index in found:
         (row,) = next(islice(scene_rows("test", index + 1, ("caption",)), index, None))
         (full,), (merged,) = (answerer.answer(answerer.engine(p), [row]) for p in (KeepAll(), Clusters(likeness=0.5)))
         assert full.right

@@ -110,14 +110,14 @@ def test_scenes_over_photographs_are_a_set_of_their_own(tmp_path: Path) -> None:
         assert image.tobytes() == scenes.draw(first).tobytes()
 
 
-def test_photographs_that_are_missing_are_named_and_nothing_is_written(
+def test_photographs_that_are_missing_are_named_and_no_part_of_their_set_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(photographs, "FOLDER", tmp_path / "nowhere")
     photographs.photograph.cache_clear()
-    assert write(tmp_path / "out", "--split", "train", "--easy-vqa", "0", "--scenes", "0", "--photo-scenes", "2") == 2
+    assert write(tmp_path / "out", "--split", "train", "--easy-vqa", "0", "--scenes", "2", "--photo-scenes", "2") == 2
     assert "python -m demo.photographs" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*"))
+    assert [path.name for path in (tmp_path / "out").glob("*")] == ["scenes-train"]
 
 
 def test_the_same_options_leave_the_files_alone(written: Path, capsys: pytest.CaptureFixture[str]) -> None:

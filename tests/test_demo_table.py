@@ -17,7 +17,7 @@ from trimming import Clusters, Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.engine import Statistics
 
 RESULTS = table.ROOT / "demo/results"
-ANEW = "`make demo-table` measures anew what lies in demo/results (some minutes)"
+ANEW = "`make demo-table` measures anew what lies in demo/results (half an hour)"
 
 
 class FakeBatch:
@@ -113,12 +113,12 @@ def test_controls_take_the_kept_fraction_that_was_measured() -> None:
 def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert table.main(arguments) == 0
     report = json.loads((tmp_path / "results/accuracy.json").read_text())
-    assert {name: results["full"]["rows"] for name, results in report["results"].items()} == {
+    assert {name: one["results"]["full"]["rows"] for name, one in report["sets"].items()} == {
         "easy-vqa-test": 50,
         "scenes-test": 24,
         "photo-scenes-test": 12,
     }
-    scenes = report["results"]["scenes-test"]
+    scenes = report["sets"]["scenes-test"]["results"]
     assert list(scenes) == list(table.labels())
     assert scenes["full"]["kinds"]["color"] == {"rows": 4, "right": 4}
     assert scenes["full"]["rows"] == 24
@@ -129,7 +129,7 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     # One row in six on every image: images that are all alike make no spread.
     assert scenes["grid 0.15"]["lost"] == {"value": 0.16667, "low": 0.16667, "high": 0.16667}
     assert scenes["random 0.05"]["policy"] == "Random(keep=0.5, seed=0)"
-    assert report["conditions"]["dtype"] == "float32"
+    assert report["sets"]["scenes-test"]["conditions"]["dtype"] == "float32"
     page = (tmp_path / "results/accuracy.md").read_text()
     assert "|  | easy-vqa-test: right · lost · held | scenes-test: right · lost · held | photo-scenes-test:" in page
     assert "| 33.3 ·  · 1.00 × | 33.3 ·  · 1.00 × |" in page
@@ -187,6 +187,43 @@ def test_a_stopped_measurement_is_continued_and_another_model_starts_anew(
     assert len(FakeAnswerer.calls) == len(list(table.labels())), "the sets of the other model stay"
 
 
+def test_a_run_for_some_sets_leaves_the_others_and_their_conditions(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, page = tmp_path / "results/accuracy.json", tmp_path / "results/accuracy.md"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"measured": {"rows": {"scenes-test": 24}}, "results": {"scenes-test": {}}}))
+    assert table.main([*arguments, "--easy-vqa=0", "--photo-scenes=0"]) == 0, "what an older version wrote is not continued"
+    before = json.loads(file.read_text())["sets"]
+    assert list(before) == ["scenes-test"]
+    monkeypatch.setattr(table, "conditions", lambda: {"commit": "another"})
+    assert table.main([*arguments, "--scenes=0", "--easy-vqa=0"]) == 0
+    after = json.loads(file.read_text())["sets"]
+    assert after["scenes-test"] == before["scenes-test"]
+    assert after["photo-scenes-test"]["conditions"] == {"commit": "another"}
+    assert page.read_text() == table.markdown({"sets": after})
+    FakeAnswerer.calls = []
+    monkeypatch.setattr(table, "conditions", lambda: {"commit": "a third"})
+    assert table.main([*arguments, "--easy-vqa=0"]) == 0
+    assert FakeAnswerer.calls == []
+    assert page.read_text() == table.markdown({"sets": after})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scenes=-3"], "--scenes -3: give 0 or more"),
+        (["--photo-scenes=-1"], "--photo-scenes -1: give 0 or more"),
+        (["--easy-vqa=0", "--scenes=0", "--photo-scenes=0"], "nothing to measure"),
+        (["--photo-model=nowhere"], "nowhere holds no model"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        table.main([*arguments, *options])
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("changed", ["chat_template.jinja", "config.json", "model.safetensors"])
 def test_another_file_of_the_model_is_another_identity(tmp_path: Path, changed: str) -> None:
     for name in ("chat_template.jinja", "config.json", "model.safetensors"):
@@ -200,6 +237,7 @@ def test_the_code_that_decides_an_answer_is_part_of_the_identity() -> None:
     names = {str(path.relative_to(table.ROOT)) for path in table.code()}
     assert {
         "demo/answerer.py",
+        "demo/photographs.py",
         "demo/scenes.py",
         "pipeline/engine.py",
         "pipeline/images.py",
@@ -217,9 +255,9 @@ def committed() -> table.Result:
 
 def test_the_committed_results_are_whole_and_their_page_says_the_same() -> None:
     report = committed()
-    for name, results in report["results"].items():
-        assert list(results) == list(table.labels()), f"{name} was measured in other columns: {ANEW}"
-    assert {name: measured["rows"] for name, measured in report["measured"].items()} == {
+    for name, one in report["sets"].items():
+        assert list(one["results"]) == list(table.labels()), f"{name} was measured in other columns: {ANEW}"
+    assert {name: one["measured"]["rows"] for name, one in report["sets"].items()} == {
         "easy-vqa-test": EASY_VQA_QUESTIONS["test"],
         "scenes-test": 3_000,
         "photo-scenes-test": 3_000,
@@ -229,7 +267,8 @@ def test_the_committed_results_are_whole_and_their_page_says_the_same() -> None:
 
 def test_the_committed_results_belong_to_the_committed_model_and_code() -> None:
     differ = set()
-    for name, measured in committed()["measured"].items():
+    for name, one in committed()["sets"].items():
+        measured = one["measured"]
         now = table.identity(PHOTO_MODEL if name == "photo-scenes-test" else MODEL, measured["rows"])
         differ |= {key for key in now if measured.get(key) != now[key]}
     assert "model_sha256" not in differ, f"demo/results tells of another model: {ANEW}"

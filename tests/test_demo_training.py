@@ -141,20 +141,21 @@ def test_easy_vqa_pictures_are_grouped_with_their_questions() -> None:
 
 @pytest.mark.parametrize("style", [FLAT, PHOTO], ids=lambda style: style.name)
 def test_the_tower_learns_what_transformers_will_compute(style: Style) -> None:
-    """Features of the last stage are those of the masked tower, and all of its weights get a gradient."""
+    """Features of the last stage are those of the masked tower, of four tiles already before it, and all weights get a
+    gradient."""
     processor = build_processor(easy_vqa_texts(), style)
     trainer = Trainer(processor, 0, "cpu", style)
-    image = next(image for image in map(partial(drawn, style), range(100)) if to_tiles(processor, image)[0].shape[0] == 2)
-    tiles, ratio = to_tiles(processor, image)
-    features = trainer.encode([train.Picture(tiles, ratio, [])], exact=True)
-    features.square().mean().backward()
-
-    inputs = processor(images=[[image]], text="<|image|>", return_tensors="pt")
     core = trainer.model.model
-    with torch.no_grad():
-        vision = core.vision_model(*(inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")))
-        expected = core.multi_modal_projector(vision.last_hidden_state[0, 0, :2]).flatten(0, 1)
-    torch.testing.assert_close(features[0], expected, atol=2e-4, rtol=1e-4)
+    for count, exact in ((2, True), (4, True), (4, False)):
+        image = next(i for i in map(partial(drawn, style), range(100)) if len(to_tiles(processor, i)[0]) == count)
+        tiles, ratio = to_tiles(processor, image)
+        features = trainer.encode([train.Picture(tiles, ratio, [])], exact=exact)
+        features.square().mean().backward()
+        inputs = processor(images=[[image]], text="<|image|>", return_tensors="pt")
+        with torch.no_grad():
+            vision = core.vision_model(*(inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")))
+            expected = core.multi_modal_projector(vision.last_hidden_state[0, 0, :count]).flatten(0, 1)
+        torch.testing.assert_close(features[0], expected, atol=2e-4, rtol=1e-4)
     without = [name for name, weight in core.vision_model.named_parameters() if weight.grad is None]
     assert not without
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from demo import photographs, variance
@@ -17,12 +18,19 @@ def test_four_kinds_of_features_are_four_clusters() -> None:
     assert variance.fewest(40, lambda k: variance.k_means(tile, k), 0.99) == 4
     assert variance.fewest_of_clusters(tile) == [4, 4]
     assert variance.explained(tile, torch.arange(40) // 10) > 0.999
-    assert variance.explained(tile, torch.zeros(40, dtype=torch.long)) == 0
+    assert variance.explained(tile, torch.zeros(40, dtype=torch.long)) == pytest.approx(0, abs=1e-5)
 
 
 def test_fewest_is_the_first_that_explains_enough() -> None:
     assert variance.fewest(100, lambda k: k / 100, 0.95) == 95
     assert variance.fewest(7, lambda k: 1.0, 0.95) == 1
+
+
+@pytest.mark.parametrize("images", ["0", "-1", "15"])
+def test_more_photographs_than_there_are_are_refused(tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        variance.main(["--output", str(tmp_path), "--images", images])
+    assert f"--images {images}: there are 14 photographs" in capsys.readouterr().err
 
 
 def test_photographs_are_cut_into_four_tiles() -> None:
@@ -51,5 +59,6 @@ def test_the_committed_page_says_what_its_numbers_say() -> None:
     folder = Path(variance.__file__).parent / "results"
     report = json.loads((folder / "variance.json").read_text())
     assert (folder / "variance.md").read_text() == variance.markdown(report)
-    for name, (model, _) in variance.MODELS.items():
-        assert report["models"][name]["model_sha256"] == variance.sha256(model / "model.safetensors"), "make demo-variance"
+    for folder in variance.MODELS.values():
+        measured = report["models"][f"demo/{folder.name}"]["model_sha256"]
+        assert measured == variance.sha256(folder / "model.safetensors"), "make demo-variance"
