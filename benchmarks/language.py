@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import workloads
 from benchmarks.amounts import Amounts
 from benchmarks.half import find_half
-from benchmarks.merging import TENTH
+from benchmarks.merging import TO_A_TENTH
 from benchmarks.model import ModelSize
 from benchmarks.ours import IMAGE_CACHE_BYTES, Ours, measured
 from benchmarks.timing import Pass, Passes, take_turns
@@ -80,7 +80,7 @@ def measure_growth(ours: Ours, size: ModelSize, amounts: Amounts, say: Say) -> d
         ways: dict[str, KeptSets] = {BY_QUESTION: "question", BY_IMAGE: "image"}
         for name, kept_sets in ways.items():
             runs[name] = partial(run, find_half(ours, load, kept_sets, run.images).policy, kept_sets)
-        runs[MERGED] = partial(run, TENTH)
+        runs[MERGED] = partial(run, TO_A_TENTH)
         say(f"{per_image} questions an image: {len(load.images)} images")
         found[per_image] = take_turns(runs, amounts.turns)
     return found

@@ -14,7 +14,8 @@ from trimming import Clusters, KeepAll
 from trimming.engine import Image
 from trimming.engine.vision import encoded_images
 
-TENTH = Clusters(keep=0.1)
+TENTH = 0.1
+TO_A_TENTH = Clusters(keep=TENTH)
 TOGETHER = 8
 """Images of one tile count that are encoded at once."""
 
@@ -40,7 +41,7 @@ def measure_clustering(ours: Ours, load: Workload, turns: int) -> list[float]:
                 features = tower.encode(images)
                 synchronise(features.device)
                 encoded = time.perf_counter()
-                encoded_images(tiles, tower.tokens, features, None, TENTH.clustering)
+                encoded_images(tiles, tower.tokens, features, None, TO_A_TENTH.clustering)
                 synchronise(features.device)
             merging += time.perf_counter() - encoded
             encoding += encoded - began

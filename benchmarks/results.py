@@ -119,8 +119,7 @@ def _predicted(done: Study) -> Result:
     roofline allows."""
     costs = Costs(done.model.config, done.model.dtype.itemsize)
     found: Result = {}
-    for share, keep, merged in (("half", HALF, False), ("tenth", TENTH.keep, True)):
-        assert keep is not None
+    for share, keep, merged in (("half", HALF, False), ("tenth", TENTH, True)):
         for name in ("captioning", "questions"):
             ratios = fewer_over_all(done.loads[name], costs, done.passes[name][study.CONTINUOUS], keep, merged)
             found[f"{name}_{share}_over_all"] = ratios["end_to_end"]

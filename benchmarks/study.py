@@ -12,7 +12,7 @@ from benchmarks import workloads
 from benchmarks.amounts import Amounts
 from benchmarks.half import Half, find_half
 from benchmarks.language import measure_growth, measure_selection, measure_shares
-from benchmarks.merging import TENTH, measure_clustering
+from benchmarks.merging import TO_A_TENTH, measure_clustering
 from benchmarks.model import BENCH, TINY, build_model, build_processor
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
@@ -133,7 +133,7 @@ class Study:
         runs = {"captioning": self._ladder("captioning"), "questions": self._ladder("questions")}
         decoding = partial(self.narrow, self.four_tiles)
         half = self.halves["four tiles"].policy
-        runs["four tiles"] = {FULL: decoding, HALF: partial(decoding, half), MERGED: partial(decoding, TENTH)}
+        runs["four tiles"] = {FULL: decoding, HALF: partial(decoding, half), MERGED: partial(decoding, TO_A_TENTH)}
         flat = {f"{name}: {each}": _checked(run, self.loads[name]) for name in runs for each, run in runs[name].items()}
 
         def more(seconds: float) -> bool:
@@ -154,7 +154,7 @@ class Study:
             runs[REUSE] = partial(self.ours, load, batch_size=sizes[0])
         runs[CONTINUOUS] = partial(self.ours, load)
         runs[TRIMMED] = partial(self.ours, load, half.policy)
-        runs[MERGED] = partial(self.ours, load, TENTH)
+        runs[MERGED] = partial(self.ours, load, TO_A_TENTH)
         if several:
             policy = self.halves[f"{name}, {BY_QUESTION}"].policy
             runs[BY_QUESTION] = partial(self.ours, load, policy, kept_sets="question")

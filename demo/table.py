@@ -290,7 +290,6 @@ def markdown(report: Result) -> str:
         "",
         "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
         f"them; an image of four tiles has none. {' '.join(map(tower, sets, sets.values()))}",
-        "",
     ]
     for name, one in report["sets"].items():
         listed = "; ".join(f"{key} {value}" for key, value in one["conditions"].items())

@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from demo.answerer import Answerer
 
     report: Result = {"models": {}, "conditions": conditions()}
-    for kind, folder in MODELS.items():
-        answerer, style, name = Answerer(folder), STYLES[kind], f"demo/{folder.name}"
-        kinds = {"photographs": whole_photographs(), "scenes": four_tile_scenes(answerer, style)}
+    for style, folder in MODELS.items():
+        answerer, name = Answerer(folder), f"demo/{folder.name}"
+        kinds = {"photographs": whole_photographs(), "scenes": four_tile_scenes(answerer, STYLES[style])}
         found = {kind: [measured(answerer, *image) for image in say(islice(images, options.images), f"{name}, {kind}")]
                  for kind, images in kinds.items()}  # fmt: skip
         report["models"][name] = {"model_sha256": sha256(folder / "model.safetensors"), **found}
@@ -152,11 +152,10 @@ def k_means(tile: Tensor, clusters: int) -> float:
 
 def explained(found: Tensor, cluster: Tensor) -> float:
     """Of ``found`` (n, w), the share of the variance about their mean that clusters' means explain."""
-    import torch
+    from trimming.clustering import merge_clusters
 
-    sums = torch.zeros(int(cluster.max()) + 1, found.shape[1]).index_add_(0, cluster, found)
-    means = sums / cluster.bincount()[:, None]
-    return 1 - float((found - means[cluster]).square().sum() / (found - found.mean(0)).square().sum())
+    (merged,) = merge_clusters(found[None], cluster[None])
+    return 1 - float((found - merged.features[cluster]).square().sum() / (found - found.mean(0)).square().sum())
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------------------
