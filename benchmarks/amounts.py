@@ -15,8 +15,8 @@ class Amounts:
     """Captioning images, one prompt each."""
     questions: int = 26
     """Images with five questions each."""
-    four_tiles: int = 48
-    """Four-tile images of the load that decoding is measured on."""
+    four_tiles: int = 96
+    """Four-tile images of the load that decoding is measured on: more than run at once, also where most are trimmed."""
     growth_rows: int = 40
     """Questions that are asked about ever fewer images: a multiple of each number of questions an image."""
     share_rows: int = 32

@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 BY_QUESTION = "by question"
 """The contender that keeps a set for each question; all others keep one an image."""
+MERGED = "merged"
+"""The one whose features are merged before any question is read."""
 CALIBRATION = "captioning, continuous"
 """The run that the rates are fitted to."""
 GPU_CALIBRATION = "captioning, engine"
 GOAL = 0.25
 """The largest error of a stage."""
 OURS = {
-    "captioning": ("continuous", "trimmed", "random", "real"),
-    "questions": ("continuous", "trimmed", BY_QUESTION, "random", "real"),
-    "four_tiles": ("full", "half"),
+    "captioning": ("continuous", "trimmed", MERGED, "real"),
+    "questions": ("continuous", "trimmed", MERGED, BY_QUESTION, "real"),
+    "four_tiles": ("full", "half", MERGED),
 }
 """Contenders of ``cpu.json`` that are the engine with continuous batching."""
 COUNTED = ("decode_steps", "peak_sequences", "peak_cross_kv_megabytes")
@@ -173,6 +175,7 @@ def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room
         max_sequences=most,
         kept_sets="question" if BY_QUESTION in name else "image",
         tower_tiles="real" if "real" in name else "all",
+        merged=MERGED in name,
     )
     seconds: dict[Stage, float] = {stage: found[f"{stage}_seconds"] for stage in STAGES}
     return Run(

@@ -38,7 +38,7 @@ RUNGS = {
 }
 BESIDE = {
     "by question": "trimmed to half, one set a question",
-    "random": "as many features, drawn at random",
+    "least": "one feature an image: what no trimming can exceed",
     "real": '`tower_tiles="real"` (approximate), all features',
 }
 
@@ -203,6 +203,7 @@ def _notes(result: Result) -> list[str]:
         )
         for known in ("over_known", "over_known_behind")
     }
+    bounds = {name: _over_all(result[name]["contenders"], "least") for name in ("captioning", "questions")}
     lines = [
         f"- **Machine**: {conditions['hardware']}, {conditions['cores']} cores, {conditions['threads']} threads; torch "
         f"{conditions['torch']}, transformers {conditions['transformers']}, {conditions['dtype']}, {conditions['attention']}, "
@@ -223,6 +224,9 @@ def _notes(result: Result) -> list[str]:
         f"{kept['full']['peak_sequences']:.0f} rows ran at once with all features, "
         f"{kept['half']['peak_sequences']:.0f} with half of them and {kept['merged']['peak_sequences']:.0f} with a tenth, "
         f"merged: {', '.join(speeds)} tokens a second.",
+        "- **One feature an image**, over all features: what fewer of them can give at most, whoever chooses, is "
+        f"{' and '.join(bounds['captioning'])} for captions, {' and '.join(bounds['questions'])} for questions. The rest is "
+        "the tower's and the text's.",
         f"- **Selection**: over prefills that know beforehand what Trimmed-Llama keeps, its own take {costs['over_known']} "
         "longer, with one and five questions an image (median and quartiles): scoring, picking, and that its first "
         "cross-attention layer attends to all features. Over prefills that know it behind that layer: "
@@ -239,6 +243,14 @@ def _notes(result: Result) -> list[str]:
             f"{ray['same_texts']:.1%} of the texts are the same."
         )
     return lines
+
+
+def _over_all(contenders: Result, name: str) -> list[str]:
+    """How much faster than with all features: end to end, and at generating."""
+    one, every = contenders[name], contenders["continuous"]
+    speed = one["images_per_second"] / every["images_per_second"]
+    generation = every["generation_seconds"]["median"] / one["generation_seconds"]["median"]
+    return [f"{speed:.2f} × end to end", f"{generation:.2f} × at prefill and decode"]
 
 
 def _head(cells: Sequence[str]) -> list[str]:

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--k-ratio", type=float, nargs="*", metavar="K", default=[0.25, 0.05])
     parser.add_argument("--likeness", type=float, nargs="+", metavar="L", default=[0.9])
     options = parser.parse_args(arguments)
+    for name, given in (("k-ratio", options.k_ratio), ("likeness", options.likeness)):
+        if not all(0 < each <= 1 for each in given):
+            parser.error(f"--{name} {' '.join(map(str, given))}: give numbers above 0 and at most 1")
     if options.broken is not None and options.broken < 1:
         parser.error(f"--broken {options.broken}: give 1 or more")
 
@@ -99,8 +102,9 @@ def strip(answerer: Answerer, style: Style, index: int, k_ratios: Iterable[float
         panels.append(panel(veiled, f"K = {k:g}: {answered.said.keep_fraction:.0%} of the features kept", answered))
     for likeness in likenesses:
         (answered,) = answerer.answer(answerer.engine(Clusters(likeness=likeness)), [row])
-        assert answered.said.merged_into is not None
-        merged = geometry.regions(enlarged(image), image.size, answered.said.merged_into.tolist(), grid)
+        merged, into = enlarged(image), answered.said.merged_into
+        if into is not None:
+            merged = geometry.regions(merged, image.size, into.tolist(), grid)
         left = f"{answered.said.kept_visual_tokens} features, {answered.said.keep_fraction:.0%}"
         panels.append(panel(merged, f"merged at likeness {likeness:g}: {left}", answered))
     out = Image.new("RGB", (len(panels) * (PANEL + GAP) + GAP, max(p.height for p in panels)), PAPER)

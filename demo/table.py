@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIOS = (0.4, 0.25, 0.15, 0.1, 0.05)
-LIKENESSES = (0.95, 0.9, 0.85)
+LIKENESSES = (0.9, 0.8, 0.7)
 """Of clusters; beside them a share of each image's features, whatever the image:"""
 SHARE = 0.1
 CONTROLLED = (0.25, 0.15, 0.05)

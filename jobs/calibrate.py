@@ -26,7 +26,8 @@ K_RATIOS = [0.5, 0.25, 0.15, 0.1, 0.05, 0.025]
 NEEDS = ("sacrebleu", "rapidfuzz", "matplotlib")
 
 # The calibration decides these by itself.
-_OWN = ("policy", "k_ratio", "keep", "mass", "key_channels", "limit", "unit_rows", "partition", "overwrite", "write_kept")
+_POLICY = ("policy", "k_ratio", "keep", "mass", "likeness", "weighted", "key_channels")
+_OWN = (*_POLICY, "limit", "unit_rows", "partition", "overwrite", "write_kept")
 
 
 def parser() -> ArgumentParser:

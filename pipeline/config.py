@@ -109,11 +109,11 @@ class RunConfig:
     """zipvl: share of each layer's attention that what it keeps holds, 0 < mass <= 1; default 0.95."""
 
     likeness: float | None = None
-    """clusters: cosine up to which an image's visual tokens count as one, 0 < likeness <= 1; default 0.9."""
+    """clusters: least cosine of an image's visual token to the one that it is merged around, 0 < likeness <= 1; default 0.9."""
 
     weighted: bool | None = None
-    """elastic and visionzip: whether a merged visual token counts as often as it has members; default: it counts once, as the
-    papers have it."""
+    """elastic and visionzip: true where a merged visual token counts as often as it has members; default: false, it counts
+    once, as the papers have it."""
 
     key_channels: float | None = None
     """Share of the channels of the kept keys that stay, with any policy (ThinK), 0 < share <= 1; default: all."""

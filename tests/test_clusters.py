@@ -24,7 +24,7 @@ from tiny import (
 )
 from torch import Tensor
 
-from trimming import Clusters, KeepAll
+from trimming import Clusters, KeepAll, Policy, ThinK
 from trimming.clustering import NEIGHBOURS, Clustering, merge_clusters
 from trimming.policies import ElasticCache, TrimmedLlama
 
@@ -56,7 +56,11 @@ def by_hand(features: list[list[float]], keep: float | None, likeness: float | N
         centres = sorted(sorted(range(count), key=lambda i: -worth[i])[: max(1, round(keep * count))])
     else:
         assert likeness is not None
-        centres = [i for i in range(count) if apart[i] > 1 - likeness]
+        centres = []
+        for i in sorted(range(count), key=lambda i: (crowded[i], i)):
+            if all(far[i][c] > 1 - likeness for c in centres):
+                centres.append(i)
+        centres.sort()
     nearest = [min(centres, key=lambda c: far[i][c]) for i in range(count)]
     order = list(dict.fromkeys(nearest))
     return [order.index(c) for c in nearest]
@@ -68,6 +72,31 @@ def test_density_peaks_by_hand(clustering: Clustering, seed: int) -> None:
     features = alike(seed)
     found = clustering(features[None])[0].tolist()
     assert found == by_hand(features.double().tolist(), clustering.keep, clustering.likeness)
+
+
+def test_of_equals_the_first_come_first() -> None:
+    """All as far from each other: places decide."""
+    features = torch.eye(12)
+    for clustering in (Clustering(keep=0.5), Clustering(likeness=0.5)):
+        found = clustering(features[None])[0].tolist()
+        assert found == by_hand(features.tolist(), clustering.keep, clustering.likeness)
+
+
+@pytest.mark.parametrize("likeness", [0.7, 0.9, 0.99])
+def test_whoever_joins_is_so_alike_to_the_centre(likeness: float) -> None:
+    """Also in chains, whose neighbours are all alike and whose ends are not, and longer than the rounds last."""
+    for count in (100, 400):
+        angles = torch.linspace(0, 1, count) ** 2 * math.pi / 2
+        chain = torch.stack([angles.cos(), angles.sin()], -1)
+        for features in (chain, *(alike(seed, count) for seed in range(3))):
+            cluster = Clustering(likeness=likeness)(features[None])[0]
+            unit = torch.nn.functional.normalize(features, dim=-1)
+            for number in range(int(cluster.max()) + 1):
+                own = unit[cluster == number]
+                # One of them, the centre, is as alike to all.
+                assert ((own @ own.T).amin(-1) >= likeness - 1e-6).any()
+            if features is chain:
+                assert 1 < len(cluster.unique()) < count / 3
 
 
 @pytest.mark.parametrize("clustering", [SHARE, LIKE], ids=repr)
@@ -149,17 +178,23 @@ def model_that_sees_copies(clustering: Clustering) -> Any:
     return model
 
 
+@pytest.mark.parametrize("slices", [False, True], ids=["whole", "sliced"])
 @pytest.mark.parametrize("clustering", [SHARE, LIKE, Clustering(keep=0.1)], ids=repr)
 @pytest.mark.parametrize("batch", ["mixed tiles", "several images", "adjacent images", "text-only among images"])
-def test_means_that_count_as_often_as_they_have_members_are_as_good_as_copies(batch: str, clustering: Clustering) -> None:
+def test_means_that_count_as_often_as_they_have_members_are_as_good_as_copies(
+    batch: str, clustering: Clustering, slices: bool
+) -> None:
     """Prefill and 16 steps, in the engine and under ``trim``."""
     prompts, model = make_prompts(BATCHES[batch]), model_that_sees_copies(clustering)
-    policy = Clusters(clustering.keep, clustering.likeness)
+    policy: Policy = Clusters(clustering.keep, clustering.likeness)
+    seeing: Policy = KeepAll()
+    if slices:
+        policy, seeing = ThinK(0.5, policy), ThinK(0.5)
     engine = make_engine(policy)
     logits = record_logits(engine)
     found = complete(engine, [p.request(str(i), 17) for i, p in enumerate(prompts)])
     for i, prompt in enumerate(prompts):
-        wanted = run_alone(model, prompt, str(i), KeepAll(), "meta", 17)
+        wanted = run_alone(model, prompt, str(i), seeing, "meta", 17)
         trimmed = run_alone(lively_model(), prompt, str(i), policy, "meta", 17)
         for tokens, mine in ((found[i].tokens, torch.stack(logits[str(i)])), (trimmed.tokens, trimmed.logits)):
             assert tokens == wanted.tokens

@@ -457,6 +457,17 @@ def test_runs_of_one_policy_are_joined_in_the_order_of_k(report: dict[str, Any])
         assert curve == sorted(curve)
 
 
+def test_other_options_and_other_parameters_are_other_lines(report: dict[str, Any]) -> None:
+    asked = [("elastic", {"keep": 0.15}), ("elastic", {"keep": 0.15, "weighted": 1.0})]
+    asked += [("clusters", {"likeness": 0.9}), ("clusters", {"keep": 0.1})]
+    for number, (policy, options) in enumerate(asked):
+        report["runs"].append(run(str(number), policy, options, 57.0 + number, 0.4, 0.76))
+        report["comparisons"].append(comparison(str(number), 0.4, "worse", -0.04, None, [], []))
+    for plot in curves.curves(report):
+        said = {element.text for element in ElementTree.fromstring(plot.svg).iter("{http://www.w3.org/2000/svg}text")}
+        assert {"elastic", "elastic, weighted", "clusters", "clusters, a share"} <= said
+
+
 def test_the_same_report_is_the_same_bytes(report: dict[str, Any], runs: list[Run], tmp_path: Path) -> None:
     one, other = (written(report, runs, tmp_path / name) for name in ("one", "other"))
     files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import islice
 
 import numpy as np
+import pytest
 
 from demo import MODEL
 from demo.answerer import Answerer
-from demo.picture import GAP, PANEL, broken, first_of_each_tile_count, strip
+from demo.picture import GAP, PANEL, broken, first_of_each_tile_count, main, strip
 from demo.scenes import FLAT
 from demo.shards import scene_rows
 from trimming import Clusters, KeepAll
@@ -26,6 +27,16 @@ def test_a_scene_becomes_a_row_of_panels_that_veil_more_and_more_and_one_of_regi
     # Regions are coloured, the scene's paper is grey.
     coloured = [int((np.ptp(panel, -1) > 60).sum()) for panel in panels]
     assert coloured[3] > 2 * coloured[0]
+    # Where nothing is merged, the scene is as it is.
+    whole = np.array(strip(answerer, FLAT, index, [], [1.0]))[:, GAP + PANEL + GAP :]
+    assert int((np.ptp(whole, -1) > 60).sum()) < 1.2 * coloured[0]
+
+
+@pytest.mark.parametrize("given", [["--likeness", "0.9", "1.5"], ["--k-ratio", "0.0"], ["--broken", "0"]], ids=" ".join)
+def test_bad_options_are_refused_before_anything_loads(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--output", "unused.png", *given])
+    assert f"error: {given[0]} {' '.join(given[1:])}: give" in capsys.readouterr().err
 
 
 def test_scenes_that_merging_breaks_are_found() -> None:

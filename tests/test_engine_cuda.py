@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import BATCHES, IMAGE, PAD, RATIO_OF_TILES, Row, make_inputs, tiny_model
 
-from trimming import KeepAll, Policy, ThinK, TrimmedLlama, ZipVL
+from trimming import Clusters, KeepAll, Policy, ThinK, TrimmedLlama, ZipVL
 from trimming.engine import Engine, Image, Request, scheduler
 from trimming.engine.cuda import GraphDecode, buckets
 from trimming.engine.decode import Decode
@@ -81,7 +81,7 @@ def test_buckets_reach_the_most() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.2), ThinK(0.5)], ids=["all", "trimmed", "sliced"])
+@pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.2), Clusters(0.3), ThinK(0.5)], ids=repr)
 def test_graphs_say_what_the_cpu_does(policy: Policy) -> None:
     # The engine chooses graphs by itself there.
     assert answers(policy, None, "cuda") == answers(policy, Decode)

@@ -143,7 +143,10 @@ def same(found: list[Completion], wanted: list[Completion]) -> None:
         ThinK(0.5),
         ThinK(0.5, ElasticCache(0.3)),
         Clusters(0.3),
+        Clusters(likeness=0.6, policy=TrimmedLlama(0.3)),
         Clusters(0.4, policy=SnapKV(0.5)),
+        ThinK(0.5, Clusters(0.3)),
+        VisionZip(0.4, weighted=True),
     ],
     ids=repr,
 )

@@ -54,16 +54,18 @@ class Masked:
         prompt = scores[:, : self.rows].masked_fill(~self.sees, -torch.inf).softmax(-1).nan_to_num()
         out = prompt @ value.repeat_interleave(heads // kv, 0)
 
-        keep, features = self.decide(prompt)
+        keep, features, members = self.decide(prompt)
         last = self.sees[-1]
         key, value = self.projected(attention, features)
         channels = torch.ones(kv, width)
         if self.policy.slices:
             asking = query[:, : self.rows][:, (self.sees == last).all(-1)].unflatten(0, (kv, -1)).flatten(1, 2)
-            left = torch.stack([key[head][keep[head] & last] for head in range(kv)])
+            # A key that counts as several asks for its channels as several do.
+            counted = key * members.sqrt()[:, None]
+            left = torch.stack([counted[head][keep[head] & last] for head in range(kv)])
             channels = torch.zeros(kv, width).scatter(1, self.policy.channels(asking, left), 1.0)
         key = (key * channels[:, None]).repeat_interleave(heads // kv, 0)
-        answer = query[:, self.rows :] @ key.transpose(1, 2) * attention.scaling
+        answer = query[:, self.rows :] @ key.transpose(1, 2) * attention.scaling + members.log()
         hidden = ~(keep & last).repeat_interleave(heads // kv, 0)[:, None]
         answer = answer.masked_fill(hidden, -torch.inf).softmax(-1) @ value.repeat_interleave(heads // kv, 0)
         out = torch.cat([out, answer], 1).transpose(0, 1).flatten(1)
@@ -79,8 +81,8 @@ class Masked:
         key = attention.k_norm(attention.k_proj(features).view(shape)).transpose(0, 1)
         return key, attention.v_proj(features).view(shape).transpose(0, 1)
 
-    def decide(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """(KV, N) bool of what stays, and the features (N, width) with what is merged into them."""
+    def decide(self, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(KV, N) bool of what stays, the features (N, width) with what is merged into them, and how often each counts (N,)."""
         seeing = self.sees.any(-1).nonzero()[:, 0]
         context = VisualContext(
             valid=self.sees.any(0)[None],
@@ -93,12 +95,14 @@ class Masked:
             recent=prompt[:, seeing[-self.policy.recent_rows :]].sum(1)[None],
         )
         keep = self.policy.select(context)
-        features = self.features
+        features, members = self.features, torch.ones(len(self.features))
         if self.policy.merges:
             targets = self.policy.merge(keep, context)[0]
             joined = [[i, *(targets == i).nonzero()[:, 0].tolist()] for i in range(len(features))]
             features = torch.stack([features[rows].mean(0) for rows in joined])
-        return (keep[0] if keep.dim() == 3 else keep.expand(2, -1)), features
+            if self.policy.weighs:
+                members = torch.tensor([float(len(rows)) for rows in joined])
+        return (keep[0] if keep.dim() == 3 else keep.expand(2, -1)), features, members
 
 
 class Recent(SnapKV):
@@ -115,9 +119,11 @@ class Recent(SnapKV):
         Recent(0.2),
         ZipVL(0.6),
         ElasticCache(0.3),
+        ElasticCache(0.3, weighted=True),
         ThinK(0.5, SnapKV(0.4)),
         ThinK(0.4, ZipVL(0.7)),
         ThinK(0.5, ElasticCache(0.3)),
+        ThinK(0.5, ElasticCache(0.3, weighted=True)),
     ],
     ids=repr,
 )

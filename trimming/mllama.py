@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import eager_attention_forward
 
 from trimming.attention import summed_attention
-from trimming.clustering import Clustering, merge_clusters
+from trimming.clustering import Clustering, merge_clusters, sum_of_runs
 from trimming.costs import Geometry
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
@@ -376,9 +376,9 @@ class _Surgery:
                 sizes[row, left.to(sizes.device)] = found.sizes
                 firsts[row, places] = left[found.cluster.to(places.device)]
                 if looked is not None:
-                    own_attention, into = looked[row, places.to(looked.device)], firsts[row, places].to(looked.device)
+                    own_attention = looked[row, places.to(looked.device)][found.cluster.argsort(stable=True).to(looked.device)]
                     looked[row, places.to(looked.device)] = 0
-                    looked[row].index_add_(0, into, own_attention)
+                    looked[row, left.to(looked.device)] = sum_of_runs(own_attention, found.sizes.long().to(looked.device))
                 there[row, start : start + size] = False
                 there[row, left] = True
         prefill.features, prefill.sizes, prefill.firsts = states, sizes, firsts

@@ -117,7 +117,10 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
             )
             label = label.replace("1 tiles", "1 tile") if run["max_tiles"] == 1 else label
         else:
-            series, order = run["policy"], float(value or 0)
+            series, order = ", ".join([run["policy"], *list(run["options"])[1:]]), float(value or 0)
+            if (run["policy"], option) == ("clusters", "keep"):
+                # Its other parameter is of another kind.
+                series += ", a share"
             if value is not None:
                 label = f"{'K' if option == 'k_ratio' else option} = {value:g}"
             if run["kept_sets"] == "question":

@@ -18,7 +18,7 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 from benchmarks.gpu.bench import Result
 from benchmarks.gpu.checks.subject import DType, Subject, demand, make_engine, record
 from benchmarks.model import TINY, build_model, build_processor
-from trimming import KeepAll, Policy, SnapKV, ThinK, TrimmedLlama
+from trimming import Clusters, KeepAll, Policy, SnapKV, ThinK, TrimmedLlama
 from trimming.engine import Completion, Engine, Image, Request, scheduler
 from trimming.engine.decode import Decode
 
@@ -114,16 +114,18 @@ def check_captured(subject: Subject) -> Result:
         return {"skipped": why}
     figures: Result = {"policies": {}}
     faults = []
-    policies: tuple[Policy, ...] = (KeepAll(), TrimmedLlama(0.25), SnapKV(0.4), ThinK(0.5, SnapKV(0.4)), ThinK(0.5))
-    for policy in policies[:4] if subject.device.type == "cpu" else policies:
+    shared: tuple[Policy, ...] = (KeepAll(), TrimmedLlama(0.25), Clusters(0.3))
+    policies = (*shared, SnapKV(0.4), ThinK(0.5, SnapKV(0.4)), ThinK(0.5))
+    for policy in policies[:5] if subject.device.type == "cpu" else policies:
         part, wrong = _replayed(subject, policy, "float32")
         figures["policies"][repr(policy)] = part
         faults += [f"{policy!r}: {fault}" for fault in wrong]
     if subject.device.type == "cuda":
         # The interpreter multiplies bf16 as bit patterns.
-        part, wrong = _replayed(subject, TrimmedLlama(0.25), "bfloat16")
-        figures["bf16"] = part
-        faults += [f"bf16: {fault}" for fault in wrong]
+        for policy in shared[1:]:
+            part, wrong = _replayed(subject, policy, "bfloat16")
+            figures["policies"][f"{policy!r}, bf16"] = part
+            faults += [f"{policy!r}, bf16: {fault}" for fault in wrong]
     return demand(faults, figures)
 
 
