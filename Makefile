@@ -47,7 +47,7 @@ demo-variance: .venv ## count the clusters that explain real photographs' featur
 
 demo-picture: .venv ## draw the kept features over held-out scenes, and scenes that merging breaks
 	$(BIN)/python -m demo.picture --output demo/results/kept-features.png
-	$(BIN)/python -m demo.picture --output demo/results/broken.jpg --style photo-scenes --broken 4 --k-ratio --likeness 0.95 0.85
+	$(BIN)/python -m demo.picture --output demo/results/broken.jpg --style photo-scenes --broken 4 --k-ratio --likeness 0.9 0.7
 
 train-demo: .venv ## train the demo model from scratch (an hour and more on CPU; resumable)
 	$(BIN)/python -m demo.train --work build/demo-train --output demo/model
@@ -55,7 +55,7 @@ train-demo: .venv ## train the demo model from scratch (an hour and more on CPU;
 train-photo-demo: .venv ## train a second one from its weights, on scenes over photographs from Debian's packages (some hours on CPU; resumable)
 	$(BIN)/python -m demo.photographs
 	$(BIN)/python -m demo.train --work build/photo-train --output demo/photo-model --style photo-scenes --start demo/model \
-	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 900
+	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 2400
 
 bench: .venv ## measure the engine beside transformers' generate on this machine (half an hour on two idle cores)
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results
