@@ -92,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = options.output / "accuracy.json"
     # Sets that this run is not asked for stay as they are.
     report: Result = {"sets": json.loads(file.read_text()).get("sets", {}) if file.exists() else {}}
+    for name, one in report["sets"].items():
+        if name not in sets and not one["results"].keys() >= set(labels()):
+            parser.error(f"{file} has other columns of {name} than are measured now, or not all: ask for its images, too")
     answerers = {model: Answerer(model) for model, _ in sets.values()}
     for name, (model, rows) in sets.items():
         measured, answerer = identity(model, len(rows)), answerers[model]

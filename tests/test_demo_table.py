@@ -92,7 +92,7 @@ def test_each_k_has_both_kinds_of_kept_sets_and_three_have_controls() -> None:
         "by-question 0.25",
     ]
     assert labels[6:8] == ["random 0.25", "grid 0.25"]
-    assert labels[18:] == ["share 0.1", "clusters 0.95", "clusters 0.9", "clusters 0.85"]
+    assert labels[18:] == ["share 0.1", "clusters 0.9", "clusters 0.8", "clusters 0.7"]
     assert [label for label in labels if table.tower_tiles_of(label) == "real"] == ["real-tiles"]
     assert {label for label in labels if table.kept_sets_of(label) == "question"} == {
         f"by-question {k}" for k in table.K_RATIOS
@@ -137,7 +137,7 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     assert grid.endswith(" | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × |")
     assert "| K = 0.1, a set a question | " in page
     assert "| question | rows | full | real tiles | K = 0.25 | random | grid | K = 0.15 | random | grid |" in page
-    assert "| clusters, 10% | clusters 0.95 | clusters 0.9 | clusters 0.85 |" in page
+    assert "| clusters, 10% | clusters 0.9 | clusters 0.8 | clusters 0.7 |" in page
     assert "| color | 4 | 100.0 |" in page
     assert "| on images of 3 tiles | 6 | 33.3 | 33.3 | 16.7 |" in page
     assert "| lost |  |  | 0.0 (0.0 to 0.0) | 16.7 (16.7 to 16.7) |" in page
@@ -188,7 +188,7 @@ def test_a_stopped_measurement_is_continued_and_another_model_starts_anew(
 
 
 def test_a_run_for_some_sets_leaves_the_others_and_their_conditions(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, page = tmp_path / "results/accuracy.json", tmp_path / "results/accuracy.md"
     file.parent.mkdir()
@@ -207,6 +207,10 @@ def test_a_run_for_some_sets_leaves_the_others_and_their_conditions(
     assert table.main([*arguments, "--easy-vqa=0"]) == 0
     assert FakeAnswerer.calls == []
     assert page.read_text() == table.markdown({"sets": after})
+    monkeypatch.setattr(table, "LIKENESSES", (*table.LIKENESSES, 0.5))
+    with pytest.raises(SystemExit):
+        table.main([*arguments, "--scenes=0", "--easy-vqa=0"])
+    assert "other columns of scenes-test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,10 @@ def test_clustering_takes_two_hundredths_of_the_tower_at_11b(tiles: int, cluster
     # An H100's rates.
     rates = (989e12, 3.35e12)
     assert costs.clustering(tiles, 2).seconds(*rates) <= 0.05 * costs.tower(tiles, 2).seconds(*rates)
+    # Its features are twice as wide.
+    wider = Costs(CONFIG_90B).clustering(tiles, 2).operations
+    assert wider == pytest.approx(2 * operations)
+    assert wider <= 0.04 * costs.tower(tiles, 2).operations
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name_of)
