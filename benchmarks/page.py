@@ -98,9 +98,19 @@ def _ladder(result: Result) -> list[str]:
 def _cells(load: Result, each: Result) -> list[str]:
     peer, generating = load["contenders"][load["peer"]], load["contenders"][load["peer_generation"]]
     # The peer's line stands at its best batch size from end to end, which need not be its best at generating.
-    generation = generating["generation_seconds"]["median"] / each["generation_seconds"]["median"]
-    speed = each["images_per_second"]
-    return [f"{speed:.2f}", f"{speed / peer['images_per_second']:.2f}", f"{generation:.2f}"]
+    return [f"{each['images_per_second']:.2f}", f"{_speed(each, peer):.2f}", f"{_generation_speed(each, generating):.2f}"]
+
+
+def _speed(each: Result, other: Result) -> float:
+    """Over the other's, end to end."""
+    speed: float = each["images_per_second"] / other["images_per_second"]
+    return speed
+
+
+def _generation_speed(each: Result, other: Result) -> float:
+    """Over the other's, of prefill and decoding alone."""
+    speed: float = other["generation_seconds"]["median"] / each["generation_seconds"]["median"]
+    return speed
 
 
 def _growth(result: Result) -> list[str]:
@@ -203,7 +213,11 @@ def _notes(result: Result) -> list[str]:
         )
         for known in ("over_known", "over_known_behind")
     }
-    bounds = {name: _over_all(result[name]["contenders"], "least") for name in ("captioning", "questions")}
+    bounds = []
+    for name, load in (("captions", captioning), ("questions", questions)):
+        least, every = load["contenders"]["least"], load["contenders"]["continuous"]
+        speeds = f"{_speed(least, every):.2f} × end to end and {_generation_speed(least, every):.2f} × at prefill and decode"
+        bounds.append(f"{speeds} for {name}")
     lines = [
         f"- **Machine**: {conditions['hardware']}, {conditions['cores']} cores, {conditions['threads']} threads; torch "
         f"{conditions['torch']}, transformers {conditions['transformers']}, {conditions['dtype']}, {conditions['attention']}, "
@@ -225,8 +239,7 @@ def _notes(result: Result) -> list[str]:
         f"{kept['half']['peak_sequences']:.0f} with half of them and {kept['merged']['peak_sequences']:.0f} with a tenth, "
         f"merged: {', '.join(speeds)} tokens a second.",
         "- **One feature an image**, over all features: what fewer of them can give at most, whoever chooses, is "
-        f"{' and '.join(bounds['captioning'])} for captions, {' and '.join(bounds['questions'])} for questions. The rest is "
-        "the tower's and the text's.",
+        f"{', '.join(bounds)}. The rest is the tower's and the text's.",
         f"- **Selection**: over prefills that know beforehand what Trimmed-Llama keeps, its own take {costs['over_known']} "
         "longer, with one and five questions an image (median and quartiles): scoring, picking, and that its first "
         "cross-attention layer attends to all features. Over prefills that know it behind that layer: "
@@ -243,14 +256,6 @@ def _notes(result: Result) -> list[str]:
             f"{ray['same_texts']:.1%} of the texts are the same."
         )
     return lines
-
-
-def _over_all(contenders: Result, name: str) -> list[str]:
-    """How much faster than with all features: end to end, and at generating."""
-    one, every = contenders[name], contenders["continuous"]
-    speed = one["images_per_second"] / every["images_per_second"]
-    generation = every["generation_seconds"]["median"] / one["generation_seconds"]["median"]
-    return [f"{speed:.2f} × end to end", f"{generation:.2f} × at prefill and decode"]
 
 
 def _head(cells: Sequence[str]) -> list[str]:

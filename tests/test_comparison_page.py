@@ -465,7 +465,7 @@ def test_other_options_and_other_parameters_are_other_lines(report: dict[str, An
         report["comparisons"].append(comparison(str(number), 0.4, "worse", -0.04, None, [], []))
     for plot in curves.curves(report):
         said = {element.text for element in ElementTree.fromstring(plot.svg).iter("{http://www.w3.org/2000/svg}text")}
-        assert {"elastic", "elastic, weighted", "clusters", "clusters, a share"} <= said
+        assert {"elastic", "elastic, weighted", "clusters", "clusters, keep"} <= said
 
 
 def test_the_same_report_is_the_same_bytes(report: dict[str, Any], runs: list[Run], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from demo import MODEL, PHOTO_MODEL, scenes
-from demo.answerer import Answerer
+from demo.answerer import MAX_NEW_TOKENS, Answerer
 from demo.architecture import build_model, build_processor
 from demo.scenes import FLAT, PHOTO, Style
 from demo.shards import Row, easy_vqa_rows, scene_rows
@@ -82,6 +82,8 @@ def test_the_second_answers_about_scenes_over_photographs_and_loses_little_to_me
     full, merged = (list(answerer.answer(answerer.engine(p), rows)) for p in (KeepAll(), Clusters(keep=0.1)))
     assert sum(a.right for a in full) >= 0.7 * len(rows)
     assert sum(a.right for a in merged) >= sum(a.right for a in full) - 0.03 * len(rows)
+    longest = max(rows, key=lambda row: len(row.answer))
+    assert len(answerer.processor.tokenizer(longest.answer, add_special_tokens=False).input_ids) < MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.25), Random(keep=0.4)], ids=repr)

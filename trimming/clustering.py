@@ -17,7 +17,7 @@ MAP_ELEMENTS = 1 << 20
 """Elements of the maps of distances that are worked on at once, but for one image's: 4 MiB in float32, which a processor's
 cache holds from one pass to the next."""
 ROUNDS = 10
-"""In which a likeness finds its centres. Photographs and scenes leave at most 4 of 1,000 features undecided by then."""
+"""In which a likeness finds its centres. The demo's images leave at most 4 of 1,000 features undecided."""
 MAP_PASSES = 15
 """How often such a map is written or read, by reading ``Clustering``; those of truth values count a quarter. The few that there
 are at once, and the features that are sorted, take less than the tower did before."""
@@ -38,7 +38,7 @@ class Clustering:
     keep: float | None = None
     """Share of an image's features that stay, to the nearest, one at least; a cluster fewer where features are equal."""
     likeness: float | None = None
-    """The least cosine of a feature to its centre, and more than two centres have: busy images keep more."""
+    """Least cosine of a feature to its centre, which other centres do not reach: busy images keep more."""
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.likeness is None):
@@ -79,13 +79,13 @@ class Clustering:
 def _centres(alike: Tensor, order: Tensor) -> Tensor:
     """(B, n): features to which no denser centre is alike, as if taken one after the other from the densest on.
 
-    In rounds, as parallel independent sets are found (Luby, SIAM J. Comput. 15, 1986): a feature stays if of all that are alike
-    to it and left none is denser, and goes if the densest of them stays. What the rounds leave undecided, the far end of long
-    chains of ever less dense features, stays as well.
+    In rounds, as parallel algorithms find maximal independent sets (Luby, SIAM J. Comput. 15, 1986). Each feature looks at the
+    densest one that is alike to it and still left: if that is itself, it is a centre; if that is a centre, it goes. Those that
+    the rounds leave undecided, at the far end of long chains of ever less dense features, are centres as well.
 
     Args:
-        alike: (B, n, n) which are.
-        order: (B, n) features, the densest first.
+        alike: (B, n, n) bool, pairs of features.
+        order: (B, n) long, features from the densest on.
     """
     alike = alike.gather(1, order[..., None].expand_as(alike)).gather(2, order[:, None].expand_as(alike))
     alike.diagonal(dim1=-2, dim2=-1).fill_(True)

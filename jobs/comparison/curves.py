@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.comparison import tables, words
 from jobs.comparison.drawing import COLOURS, FIELD, INK, Drawing, Plot, percent, short
+from pipeline.config import POLICY_OPTIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,10 +118,10 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
             )
             label = label.replace("1 tiles", "1 tile") if run["max_tiles"] == 1 else label
         else:
-            series, order = ", ".join([run["policy"], *list(run["options"])[1:]]), float(value or 0)
-            if (run["policy"], option) == ("clusters", "keep"):
-                # Its other parameter is of another kind.
-                series += ", a share"
+            # Runs that differ in more than the value of the policy's first option are on other lines.
+            usual = next(iter(POLICY_OPTIONS.get(run["policy"], {})), option)
+            others = [name for name in run["options"] if name != usual]
+            series, order = ", ".join([run["policy"], *others]), float(value or 0)
             if value is not None:
                 label = f"{'K' if option == 'k_ratio' else option} = {value:g}"
             if run["kept_sets"] == "question":
