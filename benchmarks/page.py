@@ -98,16 +98,16 @@ def _ladder(result: Result) -> list[str]:
 def _cells(load: Result, each: Result) -> list[str]:
     peer, generating = load["contenders"][load["peer"]], load["contenders"][load["peer_generation"]]
     # The peer's line stands at its best batch size from end to end, which need not be its best at generating.
-    return [f"{each['images_per_second']:.2f}", f"{_speed(each, peer):.2f}", f"{_generation_speed(each, generating):.2f}"]
+    return [f"{each['images_per_second']:.2f}", f"{_end_to_end(each, peer):.2f}", f"{_generation(each, generating):.2f}"]
 
 
-def _speed(each: Result, other: Result) -> float:
+def _end_to_end(each: Result, other: Result) -> float:
     """Over the other's, end to end."""
     speed: float = each["images_per_second"] / other["images_per_second"]
     return speed
 
 
-def _generation_speed(each: Result, other: Result) -> float:
+def _generation(each: Result, other: Result) -> float:
     """Over the other's, of prefill and decoding alone."""
     speed: float = other["generation_seconds"]["median"] / each["generation_seconds"]["median"]
     return speed
@@ -216,8 +216,8 @@ def _notes(result: Result) -> list[str]:
     bounds = []
     for name, load in (("captions", captioning), ("questions", questions)):
         least, every = load["contenders"]["least"], load["contenders"]["continuous"]
-        speeds = f"{_speed(least, every):.2f} × end to end and {_generation_speed(least, every):.2f} × at prefill and decode"
-        bounds.append(f"{speeds} for {name}")
+        both = f"{_end_to_end(least, every):.2f} × end to end and {_generation(least, every):.2f} × at prefill and decode"
+        bounds.append(f"{both} for {name}")
     lines = [
         f"- **Machine**: {conditions['hardware']}, {conditions['cores']} cores, {conditions['threads']} threads; torch "
         f"{conditions['torch']}, transformers {conditions['transformers']}, {conditions['dtype']}, {conditions['attention']}, "
