@@ -11,7 +11,7 @@ from benchmarks.ours import Ours
 from benchmarks.workloads import Workload
 from trimming import TrimmedLlama, VisualContext
 from trimming.engine import KeptSets
-from trimming.engine.vision import ImageCache
+from trimming.engine.images import ImageCache
 
 HALF = 0.5
 

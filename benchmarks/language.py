@@ -23,7 +23,7 @@ from benchmarks.timing import Pass, Passes, take_turns
 from benchmarks.workloads import Workload
 from trimming import Grid, KeepAll, Policy, VisualContext
 from trimming.engine import Completion, Image, KeptSets
-from trimming.engine.vision import ImageCache
+from trimming.engine.images import ImageCache
 from trimming.policies.policy import Where
 
 PER_IMAGE = (1, 2, 5, 10, 20)

@@ -13,7 +13,7 @@ from benchmarks.workloads import Workload
 from trimming import Clusters, KeepAll
 from trimming.clustering import Clustering
 from trimming.engine import Image
-from trimming.engine.vision import encoded_images
+from trimming.engine.images import encoded_images
 
 TENTH = 0.1
 TO_A_TENTH = Clusters(keep=TENTH)
@@ -41,11 +41,11 @@ def measure_clustering(ours: Ours, load: Workload, turns: int) -> list[float]:
         for tiles, images in batches:
             began = time.perf_counter()
             with torch.inference_mode():
-                features = tower.encode(images)
-                synchronise(features.device)
+                found = tower.encode(images)
+                synchronise(found.features.device)
                 encoded = time.perf_counter()
-                encoded_images(tiles, tower.tokens, features, None, ALIKE)
-                synchronise(features.device)
+                encoded_images(tiles, found, ALIKE)
+                synchronise(found.features.device)
             merging += time.perf_counter() - encoded
             encoding += encoded - began
         ratios.append(merging / encoding)

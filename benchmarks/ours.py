@@ -14,7 +14,8 @@ from pipeline.pictures import decode
 from pipeline.prompts import Prompter
 from trimming import KeepAll, Policy
 from trimming.engine import Completion, Engine, Image, KeptSets, Request
-from trimming.engine.vision import ImageCache, TowerTiles
+from trimming.engine.images import ImageCache
+from trimming.tower import TowerTiles
 
 IMAGE_CACHE_BYTES = 1 << 30
 

@@ -10,7 +10,7 @@ from operator import add
 from benchmarks.timing import Pass
 from benchmarks.workloads import CAPTION_PROMPT, Workload
 from trimming.costs import Cost, Costs, Look, Stages
-from trimming.engine.vision import TowerTiles
+from trimming.tower import TowerTiles
 
 
 def captioning_stages(load: Workload, costs: Costs, tower_tiles: TowerTiles) -> Stages:

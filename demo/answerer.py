@@ -25,7 +25,8 @@ from pipeline.pictures import decode
 from pipeline.prompts import Prompter
 from trimming import Policy
 from trimming.engine import Completion, KeptSets
-from trimming.engine.vision import ImageCache, TowerTiles
+from trimming.engine.images import ImageCache
+from trimming.tower import TowerPolicy, TowerTiles
 
 MAX_NEW_TOKENS = 40
 """A caption of six objects with letters has 23 tokens, one of eight with numbers 39."""
@@ -63,13 +64,19 @@ class Answerer:
         self.tiler = Tiler(self.processor)
         self.tokens = cache(Prompter(self.processor).tokens)
         self._tiles: dict[str, Tiles] = {}
-        self._encoded: dict[TowerTiles, ImageCache] = {}
+        self._encoded: dict[tuple[TowerTiles, TowerPolicy | None], ImageCache] = {}
 
-    def engine(self, policy: Policy, tower_tiles: TowerTiles = "all", kept_sets: KeptSets = "image") -> Engine:
-        """An engine that has what earlier ones of the same ``tower_tiles`` encoded; only one of these may run at once."""
+    def engine(
+        self,
+        policy: Policy,
+        tower_tiles: TowerTiles = "pooled",
+        kept_sets: KeptSets = "image",
+        tower_policy: TowerPolicy | None = None,
+    ) -> Engine:
+        """An engine that has what earlier ones of the same tower encoded; only one of these may run at once."""
         decoding = Decoding(max_new_tokens=MAX_NEW_TOKENS)
-        engine = Engine(self.model, self.processor, policy, "meta", decoding, LIMITS, tower_tiles, kept_sets)
-        engine.batch.images = self._encoded.setdefault(tower_tiles, engine.batch.images)
+        engine = Engine(self.model, self.processor, policy, "meta", decoding, LIMITS, tower_tiles, kept_sets, tower_policy)
+        engine.batch.images = self._encoded.setdefault((tower_tiles, tower_policy), engine.batch.images)
         return engine
 
     def answer(self, engine: Engine, rows: Iterable[Row]) -> Iterator[Answered]:

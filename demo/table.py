@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.engine import Engine
     from trimming import Policy
     from trimming.engine import KeptSets
-    from trimming.engine.vision import TowerTiles
+    from trimming.tower import TowerTiles
 
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIOS = (0.4, 0.25, 0.15, 0.1, 0.05)

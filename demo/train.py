@@ -46,7 +46,7 @@ from demo.architecture import build_model, build_processor, start_from
 from demo.scenes import FLAT, PHOTO, STYLES, Object, Style
 from pipeline.images import Normaliser
 from trimming.engine import Image as Encodable
-from trimming.engine.vision import Tower
+from trimming.tower import Tower
 
 IGNORE = -100
 # Reading is learnt last: long after colours and shapes it still stands at "nothing is written".
@@ -294,7 +294,7 @@ class Trainer(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in self.labels.items()}).to(device)
         self.centre_head = nn.Linear(width, 2).to(device)
         normalise = Normaliser(processor, torch.device(device), torch.float32)
-        self.exact, self.real = Tower(self.model, normalise), Tower(self.model, normalise, tower_tiles="real")
+        self.exact, self.real = Tower(self.model, normalise, "all"), Tower(self.model, normalise, "real")
         self.tokens: dict[str, list[int]] = {}
         self.rows: Tensor | None = None
         for layer in self.model.model.language_model.layers:
@@ -319,7 +319,7 @@ class Trainer(nn.Module):
 
     def encode(self, pictures: list[Picture], exact: bool) -> Tensor:
         """Projected features (B, T × visual tokens, width) of pictures that all have T tiles."""
-        return (self.exact if exact else self.real).encode([Encodable("", p.tiles, p.ratio) for p in pictures])
+        return (self.exact if exact else self.real).encode([Encodable("", p.tiles, p.ratio) for p in pictures]).features
 
     def patch_loss(self, pictures: list[Picture], features: Tensor) -> tuple[Tensor, dict[str, float]]:
         with_labels = [i for i, p in enumerate(pictures) if p.labels is not None]

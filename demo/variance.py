@@ -114,13 +114,13 @@ def features(answerer: Answerer, image: Image.Image) -> Tensor:
 
     from pipeline.images import Normaliser
     from trimming.engine import Image as Encodable
-    from trimming.engine.vision import Tower
+    from trimming.tower import Tower
 
     cut = answerer.tiler(image)
     model = answerer.model
-    tower = Tower(model, Normaliser(answerer.processor, model.device, model.dtype))
+    tower = Tower(model, Normaliser(answerer.processor, model.device, model.dtype), "all")
     with torch.inference_mode():
-        found = tower.encode([Encodable("", cut.pixels, cut.ratio_id)])
+        found = tower.encode([Encodable("", cut.pixels, cut.ratio_id)]).features
     return found[0].unflatten(0, (len(cut.pixels), -1)).clone()
 
 

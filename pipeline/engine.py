@@ -19,6 +19,7 @@ from trimming.engine import Engine as BatchEngine
 from trimming.engine.memory import spare_bytes
 from trimming.engine.scheduler import activation_bytes
 from trimming.engine.stages import stages
+from trimming.tower import TowerPolicy, TowerTiles
 
 FinishReason = Literal["stop", "length"]
 
@@ -81,8 +82,9 @@ class Engine:
         rows: Literal["meta", "transformers"],
         decoding: Decoding,
         limits: Limits = Limits(),
-        tower_tiles: Literal["all", "real"] = "all",
+        tower_tiles: TowerTiles | None = None,
         kept_sets: KeptSets = "image",
+        tower_policy: TowerPolicy | None = None,
     ) -> None:
         self.model, self.processor, self.decoding, self.kept_sets = model, processor, decoding, kept_sets
         self.device: torch.device = model.device
@@ -102,6 +104,7 @@ class Engine:
             max_sequences=limits.max_sequences,
             image_cache_bytes=limits.image_cache_bytes,
             tower_tiles=tower_tiles,
+            tower_policy=tower_policy,
             detokenize=self.prompter.words,
             kept_sets=kept_sets,
         )

@@ -30,7 +30,7 @@ from pipeline.pictures import decode
 from trimming import KeepAll, TrimmedLlama
 from trimming.costs import Costs
 from trimming.engine import KeptSets
-from trimming.engine.vision import encoded_images
+from trimming.engine.images import encoded_images
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,8 +21,8 @@ from trimming.engine.limits import Limit
 from trimming.engine.memory import Memory
 from trimming.engine.scheduler import PREFILL_VISUAL_TOKENS, activation_bytes, out_of_memory
 from trimming.engine.sequence import Encoded
-from trimming.engine.vision import _patches
 from trimming.selection import farthest_points, unit_rows
+from trimming.tower.tower import _patches
 
 POLICY = TrimmedLlama(0.2)
 
@@ -308,7 +308,7 @@ def test_out_of_memory_behind_the_tower_is_handled_as_the_towers(monkeypatch: py
     wanted = tokens(finish(make_engine(POLICY), rows))
     engine = make_engine(POLICY)
     made = Tight(Encoded, lambda *given: made.made == 1 and made.refused < 1)
-    monkeypatch.setattr("trimming.engine.vision.Encoded", made)
+    monkeypatch.setattr("trimming.engine.images.Encoded", made)
     assert tokens(finish(engine, rows)) == wanted
     assert made.refused == 1
 

@@ -31,9 +31,10 @@ from torch.utils._pytree import tree_leaves
 
 from trimming import Grid, KeepAll, Policy, Random, Rows, TrimmedLlama
 from trimming.engine import Engine, Image
+from trimming.engine.images import ImageCache
 from trimming.engine.limits import Limit
 from trimming.engine.sequence import Encoded
-from trimming.engine.vision import ImageCache, Tower, TowerTiles
+from trimming.tower import Tower, TowerTiles
 
 # Every arrangement of so many tiles: see the image processor's table of ratios.
 RATIOS_OF_TILES = {1: [1], 2: [2, 5], 3: [3, 7], 4: [4, 6, 8]}

@@ -24,8 +24,8 @@ from trimming.engine import Engine, Image, KeptSets, Request
 from trimming.engine.gather import Gathered
 from trimming.engine.onednn import OneDnnLinear
 from trimming.engine.sequence import Encoded, Sequence_
-from trimming.engine.vision import Tower
 from trimming.policies.policy import Where
+from trimming.tower import Tower
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TEXT_90B = {

@@ -129,25 +129,28 @@ class Clustered:
     sizes: Tensor
     """(k,) float32: how many features it stands for."""
     places: Tensor
-    """(k,) long, ascending: the first of these."""
+    """(k,) long, ascending: its first member."""
     cluster: Tensor
     """(n,) long: each feature's."""
 
 
-def merge_clusters(features: Tensor, cluster: Tensor) -> list[Clustered]:
+def merge_clusters(features: Tensor, cluster: Tensor, sizes: Tensor | None = None) -> list[Clustered]:
     """Each image's clusters, of features (B, n, w) and ``Clustering``'s numbers (B, n).
 
-    The same on every run: sums go in the order of rows, not by atomic additions. Waits for the device once.
+    ``sizes`` (B, n) float32: how many each feature stands for already, if not for itself alone. The same on every run. Waits
+    for the device once.
     """
-    count = cluster.shape[1]
+    batch, count = cluster.shape
     most = cluster.amax(-1) + 1
     counts: list[int] = most.tolist()
-    flat = (cluster + (most.cumsum(0) - most)[:, None]).flatten()
-    order = flat.argsort(stable=True)
-    members = torch.zeros(sum(counts), dtype=torch.long, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
-    means = (sum_of_runs(features.flatten(0, 1)[order], members) / members[:, None]).to(features.dtype)
-    places = order[members.cumsum(0) - members] % count
-    parts = zip(means.split(counts), members.float().split(counts), places.split(counts), cluster, strict=True)
+    flat = (cluster + (most.cumsum(0) - most)[:, None]).flatten()[None]
+    weights = features.new_ones(1, batch * count, 1, dtype=torch.float32) if sizes is None else sizes.reshape(1, -1, 1)
+    rows = features.flatten(0, 1)[None].float()
+    sums = sums_by(torch.cat([rows * weights, weights], -1), flat, sum(counts))[0]
+    means = (sums[:, :-1] / sums[:, -1:]).to(features.dtype)
+    places = torch.full((sum(counts),), batch * count, device=flat.device)
+    places = places.scatter_reduce_(0, flat[0], torch.arange(batch * count, device=flat.device), "amin") % count
+    parts = zip(means.split(counts), sums[:, -1].split(counts), places.split(counts), cluster, strict=True)
     return [Clustered(*each) for each in parts]
 
 
@@ -155,3 +158,20 @@ def sum_of_runs(rows: Tensor, lengths: Tensor) -> Tensor:
     """Sums of runs of ``rows`` (n, …), one behind the other, of ``lengths`` (k,): (k, …) float32."""
     # ``unsafe`` leaves out a look at the lengths, for which the host would wait.
     return torch.segment_reduce(rows.float(), "sum", lengths=lengths, unsafe=True)
+
+
+def sums_by(rows: Tensor, into: Tensor, count: int) -> Tensor:
+    """(B, count, width) float32: sums of those of ``rows`` (B, n, width) that go ``into`` (B, n) each; −1 for none.
+
+    The same on every run: sums go in the order of rows, not by atomic additions as ``index_add`` has them on CUDA.
+    """
+    batch = len(rows)
+    # Those that go nowhere have a place of their own.
+    flat = (into.where(into >= 0, count) + torch.arange(batch, device=into.device)[:, None] * (count + 1)).flatten()
+    rows = rows.flatten(0, 1).float()
+    if rows.device.type == "cpu":
+        sums = rows.new_zeros(batch * (count + 1), rows.shape[-1]).index_add_(0, flat, rows)
+    else:
+        lengths = torch.zeros(batch * (count + 1), dtype=torch.long, device=into.device)
+        sums = sum_of_runs(rows[flat.argsort(stable=True)], lengths.index_add_(0, flat, torch.ones_like(flat)))
+    return sums.view(batch, count + 1, -1)[:, :count]

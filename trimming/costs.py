@@ -21,10 +21,10 @@ from transformers import MllamaConfig
 
 from trimming.attention import CHUNK_ELEMENTS
 from trimming.clustering import MAP_PASSES
+from trimming.tower import TowerPolicy, TowerTiles, padding_of, tower_plan
 
 if TYPE_CHECKING:
     from trimming.engine.request import KeptSets
-    from trimming.engine.vision import TowerTiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,33 +160,50 @@ class Costs:
         }
         """Bytes of all parameters."""
 
-    def tower(self, tiles: int, images: int = 1, tower_tiles: TowerTiles = "all") -> Cost:
+    def tower_rows(self, tiles: int, tower_policy: TowerPolicy | None = None) -> list[int]:
+        """Rows of ``tiles`` real tiles that enter each of the tower's layers, and that are left behind the last one."""
+        vision = self.vision
+        return tower_plan(tower_policy, tiles, self.tokens, vision.num_hidden_layers, vision.num_global_layers)
+
+    def tower(
+        self, tiles: int, images: int = 1, tower_tiles: TowerTiles = "pooled", tower_policy: TowerPolicy | None = None
+    ) -> Cost:
         """``images`` of ``tiles`` real tiles each, to the features that the projector takes.
 
-        As ``trimming.engine.vision`` has it: patches of real tiles; tiles padded to a multiple of eight rows; real rows attend
-        to all, padding rows to real ones; the last layer gives real rows only.
+        As ``trimming.tower`` has it: patches of real tiles; real rows attend to all, padding rows to real ones; the last layer
+        gives real rows only. How a policy finds the rows that merge is part of it.
         """
-        vision, wide, real = self.vision, self.vision.hidden_size, tiles * self.tokens
-        rows = (vision.max_num_tiles if tower_tiles == "all" else tiles) * (self.tokens + -self.tokens % 8)
-        pairs = real * rows + (rows - real) * real
+        vision, wide = self.vision, self.vision.hidden_size
+        rows, head = self.tower_rows(tiles, tower_policy), wide // vision.attention_heads
+        padding = len(
+            padding_of(
+                tiles, tiles if tower_tiles == "real" else vision.max_num_tiles, self.tokens, tower_tiles == "pooled"
+            ).sizes
+        )
         kv, rest = 2 * wide**2, 2 * wide**2 + 2 * wide * vision.intermediate_size
         added = tiles * (self.tokens - 1) * wide * self._patch
-        added += (self._vision_layers - 1) * (rows * (kv + rest) + 2 * wide * pairs)
-        added += rows * kv + real * rest + 2 * wide * real * rows
         # Pixels, rows of the tables, keys and values written and read, features.
-        moved = tiles * vision.num_channels * vision.image_size**2 + self._arrangement
-        moved += self._vision_layers * rows * 4 * wide + real * vision.vision_output_dim
-        return Cost(2 * images * added, self.itemsize * (self._tower + images * moved))
+        moved = tiles * vision.num_channels * vision.image_size**2 + self._arrangement + rows[-1] * vision.vision_output_dim
+        matching = 0
+        for layer, real in enumerate(rows[:-1]):
+            last = layer == self._vision_layers - 1
+            every, asking = real + padding, real if last else real + padding
+            added += every * kv + asking * rest + 2 * wide * (real * every + (asking - real) * real)
+            moved += every * 4 * wide
+            if tower_policy is not None and rows[layer + 1] < real:
+                matching += tower_policy.operations(real - tiles, wide, head)
+        return Cost(images * (2 * added + matching), self.itemsize * (self._tower + images * moved))
 
-    def projector(self, tiles: int, images: int = 1) -> Cost:
+    def projector(self, tiles: int, images: int = 1, tower_policy: TowerPolicy | None = None) -> Cost:
         """Real tiles' features, from the tower's width to the language model's."""
-        rows, wide, width = images * tiles * self.tokens, self.vision.vision_output_dim, self.text.hidden_size
+        rows = images * self.tower_rows(tiles, tower_policy)[-1]
+        wide, width = self.vision.vision_output_dim, self.text.hidden_size
         return Cost(2 * rows * wide * width, self.itemsize * (self._projector + rows * (wide + width)))
 
-    def clustering(self, tiles: int, images: int = 1) -> Cost:
+    def clustering(self, tiles: int, images: int = 1, tower_policy: TowerPolicy | None = None) -> Cost:
         """Real tiles' features, merged where they are alike (``trimming.clustering``), each image by itself: the products of
         all pairs. Of bytes the map of their distances in float32, written and read some times over."""
-        features, width = tiles * self.tokens, self.text.hidden_size
+        features, width = self.tower_rows(tiles, tower_policy)[-1], self.text.hidden_size
         moved = MAP_PASSES * features**2 * 4 + 2 * features * width * self.itemsize
         return Cost(2 * images * features**2 * width, images * moved)
 
@@ -279,7 +296,8 @@ class Costs:
         images: int = 1,
         questions: int = 1,
         before: int = 0,
-        tower_tiles: TowerTiles = "all",
+        tower_tiles: TowerTiles = "pooled",
+        tower_policy: TowerPolicy | None = None,
         kept_sets: KeptSets = "image",
         merged: bool = False,
     ) -> Stages:
@@ -292,16 +310,16 @@ class Costs:
             prompt: tokens of each prompt, the image's own among them; ``before``: those before it.
             output: tokens of each answer. The prefill gives the first one, and the last one is never fed back.
             keep: share of the visual tokens that stays, as Trimmed-Llama has it: the first cross-attention layer's prefill
-                sees all.
+                sees all that the tower leaves.
             questions: about each image, which is encoded once.
-            tower_tiles: as in ``tower``.
+            tower_tiles, tower_policy: as in ``tower``.
             kept_sets: ``image``: an image's questions decide together, and share one kept set. ``question``: each has its own,
                 which it shares only if that is everything; those of one image are taken to overlap as little as they can.
             merged: ``keep`` is what is left of an image's features once those that are alike are merged (``Clusters``): all
                 layers see that alone, and all questions about the image share it.
         """
-        rows, visual = images * questions, tiles * self.tokens
-        kept = max(1, round(keep * visual))
+        rows, visual = images * questions, self.tower_rows(tiles, tower_policy)[-1]
+        kept = min(visual, max(1, round(keep * tiles * self.tokens)))
         together = questions if kept_sets == "image" or merged else 1
         sharing = questions if kept == visual else together
         seen = kept if merged else visual
@@ -309,8 +327,9 @@ class Costs:
         steps = [self.decode([prompt + n] * rows, [Look(sharing, kept, kept)] * (images * own)) for n in range(1, output)]
         looks = [Look(together * (prompt - before), seen, kept)] * (rows // together)
         return Stages(
-            tower=self.tower(tiles, images, tower_tiles),
-            projector=self.projector(tiles, images) + (self.clustering(tiles, images) if merged else Cost()),
+            tower=self.tower(tiles, images, tower_tiles, tower_policy),
+            projector=self.projector(tiles, images, tower_policy)
+            + (self.clustering(tiles, images, tower_policy) if merged else Cost()),
             cross_kv=self.cross_kv(images * seen, images * min(own * kept, visual)),
             prefill=self.prefill([prompt] * rows, looks),
             decode=sum(steps, Cost()),

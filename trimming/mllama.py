@@ -11,21 +11,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, MllamaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import eager_attention_forward
 
 from trimming.attention import summed_attention
-from trimming.clustering import Clustering, merge_clusters, sum_of_runs
+from trimming.clustering import Clustering, merge_clusters, sums_by
 from trimming.costs import Geometry
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import merged, merged_into, ragged_index
+from trimming.tower import Encoding, Tower, TowerPolicy, TowerTiles
+from trimming.tower.rows import first_members
 
 Rows = Literal["meta", "transformers"]
 
@@ -41,7 +44,13 @@ class Trimmed:
 
 
 @contextmanager
-def trim(model: MllamaForConditionalGeneration, policy: Policy, rows: Rows = "meta") -> Iterator[Trimmed]:
+def trim(
+    model: MllamaForConditionalGeneration,
+    policy: Policy,
+    rows: Rows = "meta",
+    tower_tiles: TowerTiles = "all",
+    tower_policy: TowerPolicy | None = None,
+) -> Iterator[Trimmed]:
     """Trim every prefill of ``model`` inside the with-statement, in ``generate`` and in plain forwards.
 
     Later cross-attention layers project keys and values from the kept features alone, and the cache holds nothing else: its
@@ -55,10 +64,14 @@ def trim(model: MllamaForConditionalGeneration, policy: Policy, rows: Rows = "me
             layers, as the weights were trained. ``transformers``: as its code has it (issue 39379), such rows attend to every
             feature, padding tiles too, and only the MLP branch is masked; it is there to prove parity, and keeps padding
             tiles where it keeps every valid feature.
+        tower_tiles: what becomes of padding tiles in the vision tower. ``all``: the model's own tower runs, unless a tower
+            policy wants another.
+        tower_policy: which rows of real tiles go on through the tower, layer by layer; None: all.
 
     Raises:
         TypeError: ``model`` is no Mllama, or ``policy`` no policy.
-        ValueError: ``rows`` is unknown, or the model is being trimmed already.
+        ValueError: ``rows`` or ``tower_tiles`` is unknown, the tower leaves out what ``rows`` looks at, or the model is being
+            trimmed already.
     """
     if not isinstance(model, MllamaForConditionalGeneration):
         raise TypeError(f"trim wants a MllamaForConditionalGeneration, not {type(model).__name__}")
@@ -66,7 +79,10 @@ def trim(model: MllamaForConditionalGeneration, policy: Policy, rows: Rows = "me
         raise TypeError(f"policy={policy!r} is not a trimming policy: give an instance, such as TrimmedLlama(k_ratio=0.25)")
     if rows not in ("meta", "transformers"):
         raise ValueError(f'rows={rows!r} is unknown: give "meta" or "transformers"')
-    surgery = _Surgery(model, policy, rows)
+    if tower_tiles not in get_args(TowerTiles):
+        raise ValueError(f"tower_tiles={tower_tiles!r} is none of {get_args(TowerTiles)}")
+    tower = Tower(model, _as_they_are, tower_tiles, tower_policy, keep_padding=rows == "transformers")
+    surgery = _Surgery(model, policy, rows, tower)
     with ExitStack() as undo:
         surgery.open(undo)
         yield surgery.trimmed
@@ -139,7 +155,7 @@ class _Prefill:
     valid: Tensor | None = None
     """(B, N) bool: those of them that there are, where some were merged."""
     firsts: Tensor | None = None
-    """(B, N) long: the place of the feature that each was merged into before anything was chosen."""
+    """(B, N) long: the place of the feature that each was merged into before anything was chosen, −1 where it has left."""
     features: Tensor | None = None
     """(B, N, width): what there is to choose from; anything where nothing is."""
     sizes: Tensor | None = None
@@ -158,11 +174,22 @@ class _Prefill:
     """(B,) long of each layer that keeps a set of its own: how many."""
     class_attention: Tensor | None = None
     """See ``VisualContext``."""
+    tiles: list[list[int]] | None = None
+    """Of each sample's images, 0 for one that is missing; None where our own tower has not seen them."""
+
+
+class _Picture(NamedTuple):
+    key: str
+    pixels: Tensor
+    ratio_id: int
 
 
 class _Surgery:
-    def __init__(self, model: MllamaForConditionalGeneration, policy: Policy, rows: Rows) -> None:
-        self.model, self.policy, self.rows = model, policy, rows
+    def __init__(self, model: MllamaForConditionalGeneration, policy: Policy, rows: Rows, tower: Tower) -> None:
+        self.model, self.policy, self.rows, self.tower = model, policy, rows, tower
+        # Whether images go through it rather than through the model's own.
+        self.own_tower = tower.tower_tiles != "all" or tower.policy is not None
+        self.weighs = policy.weighs or tower.weighs
         self.trimmed = Trimmed()
         layers = model.model.language_model.layers
         self.cross_layers = [layers[i] for i in model.config.text_config.cross_attention_layers]
@@ -187,8 +214,11 @@ class _Surgery:
             module.forward = partial(self.cross_attention, module)
             handle = layer.register_forward_pre_hook(self.before_cross_layer, with_kwargs=True)
             undo.callback(handle.remove)
-        if "class_attention" in self.policy.looks_at:
-            vision = self.model.model.vision_model
+        vision = self.model.model.vision_model
+        if self.own_tower:
+            undo.callback(_put_back, vision, vision.__dict__.get("forward"))
+            vision.forward = self.encode
+        elif "class_attention" in self.policy.looks_at:
             undo.callback(vision.register_forward_pre_hook(self.before_vision, with_kwargs=True).remove)
             last_but_one = vision.global_transformer.layers[max(0, len(vision.global_transformer.layers) - 2)]
             undo.callback(last_but_one.register_forward_pre_hook(self.look_at_classes, with_kwargs=True).remove)
@@ -253,6 +283,53 @@ class _Surgery:
         # Nothing of a prefill outlives it but what its cache needs.
         self.prefill = self.mask_before = self.mask_after = self.row_mask = None
 
+    # ---- the tower ------------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor, **kwargs: Any
+    ) -> BaseModelOutput:
+        """``MllamaVisionModel.forward`` by our tower: each row at the place of its first member, anything where none is."""
+        batch, images, tiles = pixel_values.shape[:3]
+        tokens, width = self.tower.tokens, self.model.config.vision_config.vision_output_dim
+        prefill = self.prefill
+        ids = self.sample_ids(batch)
+        states = pixel_values.new_zeros(batch * images, tiles * tokens, width)
+        firsts = torch.arange(tiles * tokens, device=states.device).repeat(batch * images, 1)
+        sizes = torch.ones(firsts.shape, device=states.device)
+        looked = torch.zeros(firsts.shape, device=states.device)
+        # An image that is missing has no arrangement, and no text that sees it.
+        counts = (aspect_ratio_mask.sum(-1) * (aspect_ratio_ids > 0)).flatten()
+        for count in range(1, tiles + 1):
+            own = (counts == count).nonzero()[:, 0]
+            if not len(own):
+                continue
+            cut, arranged = pixel_values.flatten(0, 1), aspect_ratio_ids.flatten().tolist()
+            pictures = [_Picture(f"{ids[i // images]}/{i % images}", cut[i, :count], arranged[i]) for i in own.tolist()]
+            seen = self.tower.see(pictures, look="class_attention" in self.policy.looks_at)
+            self.spread(seen, own, count * tokens, states, firsts, sizes, looked)
+        if prefill is not None:
+            offset = torch.arange(images, device=firsts.device).repeat(batch)[:, None] * (tiles * tokens)
+            prefill.firsts = torch.where(firsts >= 0, firsts + offset, -1).view(batch, -1)
+            prefill.sizes = sizes.view(batch, -1)
+            if "class_attention" in self.policy.looks_at:
+                prefill.class_attention = looked.view(batch, -1)
+            prefill.tiles = counts.view(batch, images).tolist()
+        return BaseModelOutput(last_hidden_state=states.view(batch, images, tiles, tokens, width))
+
+    def spread(
+        self, seen: Encoding, own: Tensor, real: int, states: Tensor, firsts: Tensor, sizes: Tensor, looked: Tensor
+    ) -> None:
+        """Puts what the tower says of images ``own`` where it belongs."""
+        places = torch.arange(real, device=states.device).expand(len(own), -1)
+        if seen.group is not None:
+            assert seen.sizes is not None
+            places = first_members(seen.group, seen.real)
+            firsts[own, :real] = torch.where(seen.group >= 0, places.gather(1, seen.group.clamp(min=0)), -1)
+            sizes[own[:, None], places] = seen.sizes
+        states[own[:, None], places] = seen.features[:, : seen.real].to(states.dtype)
+        if seen.class_attention is not None:
+            looked[own[:, None], places] = seen.class_attention
+
     # ---- attention ------------------------------------------------------------------------------------------------------
 
     def cross_attention(
@@ -301,12 +378,7 @@ class _Surgery:
         rows = self.seeing_rows(prefill, query)
         first = module.layer_idx == self.cross_layers[0].layer_idx
         if first:
-            prefill.real = prefill.valid = _valid_features(mask, rows, states)
-            prefill.features = states
-            if self.policy.weighs:
-                prefill.sizes = torch.ones(states.shape[:2], device=states.device)
-            if self.policy.clustering is not None:
-                self.cluster(prefill, self.policy.clustering)
+            self.begin(prefill, _valid_features(mask, rows, states), states)
             if self.policy.where == "features":
                 self.decide(prefill, None, None)
         assert prefill.features is not None
@@ -351,39 +423,55 @@ class _Surgery:
         # The batch's padding is added to the first place, as nothing.
         return spread.scatter_add_(-1, index.expand(-1, summed.shape[1], -1), summed * present)
 
+    def begin(self, prefill: _Prefill, real: Tensor, states: Tensor) -> None:
+        """What there is to choose from: the features (B, N, width) of ``real`` tiles, or what they have been merged into."""
+        prefill.real, prefill.features = real, states
+        whole = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        firsts = whole if prefill.firsts is None else prefill.firsts.to(real.device)
+        if self.policy.clustering is None and firsts is whole and not self.weighs:
+            prefill.valid = real
+            return
+        sizes = torch.ones(real.shape, device=states.device) if prefill.sizes is None else prefill.sizes.to(states.device)
+        prefill.firsts, prefill.sizes, prefill.valid = firsts, sizes, real & (firsts == whole)
+        if self.policy.clustering is not None:
+            self.cluster(prefill, self.policy.clustering)
+        # An image's padding is there where nothing of it was merged.
+        size = self.tower.max_tiles * self.tower.tokens
+        alone = (prefill.valid == real).unflatten(1, (-1, size)).all(-1).repeat_interleave(size, 1)
+        there = prefill.valid | (~real & alone)
+        prefill.there = None if bool(there.all()) else _Kept.of(there, prefill.sizes.to(there.device) if self.weighs else None)
+        prefill.sizes = prefill.sizes if self.weighs else None
+
     def cluster(self, prefill: _Prefill, clustering: Clustering) -> None:
-        """Merges each image's features, as the engine does once it has encoded them. Images whose features all stay are left
-        as they are, padding and all."""
-        real, states, sizes = prefill.real, prefill.features, prefill.sizes
-        assert real is not None
+        """Merges each image's features, as the engine does once it has encoded them."""
+        valid, states, sizes, firsts = prefill.valid, prefill.features, prefill.sizes, prefill.firsts
+        assert valid is not None
         assert states is not None
         assert sizes is not None
-        size = self.model.config.vision_config.max_num_tiles * self.model.model.vision_model.num_patches
+        assert firsts is not None
+        size = self.tower.max_tiles * self.tower.tokens
         states, sizes, looked = states.clone(), sizes.clone(), prefill.class_attention
-        firsts = torch.arange(real.shape[1], device=real.device).expand_as(real).clone()
-        there = torch.ones_like(real)
-        for row in range(len(real)):
-            for start in range(0, real.shape[1], size):
-                places = real[row, start : start + size].nonzero()[:, 0] + start
+        # Where a feature's cluster begins.
+        begins = torch.arange(valid.shape[1], device=valid.device).repeat(len(valid), 1)
+        for row in range(len(valid)):
+            for start in range(0, valid.shape[1], size):
+                places = valid[row, start : start + size].nonzero()[:, 0] + start
                 if not len(places):
                     continue
-                own = states[row, places.to(states.device)][None]
-                (found,) = merge_clusters(own, clustering(own))
-                if len(found.places) == len(places):
-                    continue
+                own, counted = (t[row, places.to(t.device)][None] for t in (states, sizes))
+                (found,) = merge_clusters(own, clustering(own), counted)
                 left = places[found.places.to(places.device)]
+                if len(left) == len(places):
+                    continue
                 states[row, left.to(states.device)] = found.features
                 sizes[row, left.to(sizes.device)] = found.sizes
-                firsts[row, places] = left[found.cluster.to(places.device)]
+                begins[row, places] = left[found.cluster.to(places.device)]
                 if looked is not None:
-                    own_attention = looked[row, places.to(looked.device)][found.cluster.argsort(stable=True).to(looked.device)]
-                    looked[row, places.to(looked.device)] = 0
-                    looked[row, left.to(looked.device)] = sum_of_runs(own_attention, found.sizes.long().to(looked.device))
-                there[row, start : start + size] = False
-                there[row, left] = True
-        prefill.features, prefill.sizes, prefill.firsts = states, sizes, firsts
-        prefill.valid = real & there
-        prefill.there = None if bool(there.all()) else _Kept.of(there, sizes.to(there.device))
+                    mine = looked[row, places.to(looked.device)][None, :, None]
+                    looked[row, left.to(looked.device)] = sums_by(mine, found.cluster.to(mine.device)[None], len(left))[0, :, 0]
+        whole = torch.arange(valid.shape[1], device=valid.device)
+        prefill.features, prefill.sizes, prefill.valid = states, sizes, valid & (begins == whole)
+        prefill.firsts = torch.where(firsts >= 0, begins.gather(1, firsts.clamp(min=0)), -1)
 
     def decide(self, prefill: _Prefill, attention: Tensor | None, recent: Tensor | None) -> None:
         real, valid, states, sizes = prefill.real, prefill.valid, prefill.features, prefill.sizes
@@ -513,10 +601,22 @@ class _Surgery:
         allocated = 0 if prefill.kept is None else prefill.kept.index.shape[-1] * geometry.cross_kv_bytes(itemsize)
         counts = [[int(count[row]) for count in prefill.counts] or None for row in range(prefill.batch)]
         width = self.policy.key_width(geometry.head_dim)
-        biases = (geometry.cross_layers if self.policy.where == "each_layer" else 1) if self.policy.weighs else 0
+        biases = (geometry.cross_layers if self.policy.where == "each_layer" else 1) if self.weighs else 0
         into = [None] * prefill.batch if prefill.real is None else self.merged_into(prefill)
         return [
-            SampleTrim.of(real[row], keep[row], prompt, geometry, itemsize, allocated, counts[row], width, biases, into[row])
+            SampleTrim.of(
+                real[row],
+                keep[row],
+                prompt,
+                geometry,
+                itemsize,
+                allocated,
+                counts[row],
+                width,
+                biases,
+                into[row],
+                self.tower.keep_fraction([n for n in prefill.tiles[row] if n]) if prefill.tiles else 1.0,
+            )
             for row, prompt in enumerate(prefill.prompt_tokens)
         ]
 
@@ -536,6 +636,10 @@ class _Surgery:
                 continue
             found.append(merged_into(own.cpu(), into.cpu(), keep[row].cpu(), None if targets is None else targets[row].cpu()))
         return found
+
+
+def _as_they_are(pixels: Tensor) -> Tensor:
+    return pixels
 
 
 def _valid_features(mask: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class SampleTrim:
     merged_into: LongTensor | None = None
     """(N,) on the same axis: the kept position of the feature that each position's is in, its own where it stayed, −1 where it
     went; None where nothing was merged, or each layer merges for itself."""
+    tower_keep_fraction: float | None = None
+    """Share of rows × layers that the vision tower was left with, of its images' real tiles; None without any."""
     self_kv_bytes: int
     """Prompt tokens (padding left out) × bytes a token over the self-attention layers."""
 
@@ -56,6 +58,7 @@ class SampleTrim:
         key_width: int | None = None,
         biases: int = 0,
         merged_into: Tensor | None = None,
+        tower_keep_fraction: float | None = None,
     ) -> SampleTrim:
         """The record of a sample whose real tiles' and kept positions are (N,) bool; numbers in the cache take ``itemsize``.
 
@@ -75,5 +78,6 @@ class SampleTrim:
             cross_kv_bytes=held * geometry.kv_heads * width * itemsize + 4 * geometry.kv_heads * biased,
             cross_kv_bytes_allocated=allocated,
             merged_into=merged_into,  # type: ignore[arg-type]
+            tower_keep_fraction=tower_keep_fraction if there else None,
             self_kv_bytes=prompt_tokens * geometry.self_kv_bytes(itemsize),
         )

@@ -115,7 +115,8 @@ def merged_into(real: Tensor, firsts: Tensor, keep: Tensor, targets: Tensor | No
 
     Args:
         real: (N,) bool, features of real tiles.
-        firsts: one of them each, long: the place of the feature that it was clustered into, its own where it was not.
+        firsts: one of them each, long: the place of the feature that it was clustered into, its own where it was not, −1 where
+            it had left before.
         keep: (N,) bool, what stayed of these.
         targets: (N,) long, the kept position that each was merged into when what stays was chosen, or -1; None where the rest
             goes.
@@ -125,7 +126,7 @@ def merged_into(real: Tensor, firsts: Tensor, keep: Tensor, targets: Tensor | No
     """
     into = torch.full(real.shape, -1)
     rest = -torch.ones_like(firsts) if targets is None else targets[firsts]
-    into[real] = torch.where(keep[firsts], firsts, rest)
+    into[real] = torch.where((firsts >= 0) & ~keep[firsts], rest, firsts)
     return into
 
 

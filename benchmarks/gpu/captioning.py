@@ -26,7 +26,7 @@ from benchmarks.workloads import CAPTION_LENGTHS, CAPTION_PROMPT, Workload
 from trimming import KeepAll, Policy
 from trimming.engine import Engine, Request
 from trimming.engine.scheduler import out_of_memory
-from trimming.engine.vision import Tower, TowerTiles
+from trimming.tower import Tower, TowerTiles
 
 FULL, TRIMMED, REAL, PEER = "engine", "engine, trimmed", "engine, real tiles", "peer"
 HALF_ROWS = 16

@@ -17,11 +17,12 @@ from pipeline.images import Normaliser
 from trimming import Grid, KeepAll, Policy
 from trimming.costs import Look
 from trimming.engine import Request
+from trimming.engine.images import ImageCache
 from trimming.engine.layers import computing_on
 from trimming.engine.memory import GRAIN, Memory, spare_bytes
 from trimming.engine.scheduler import SLOT_GRAIN, activation_bytes, out_of_memory
 from trimming.engine.sequence import Encoded, ceil_to
-from trimming.engine.vision import ImageCache, Tower
+from trimming.tower import Tower
 
 TILES = 4
 ENCODED = 4
@@ -81,7 +82,7 @@ def _measure(bench: Bench, crowd: Crowd, batch: int, out: Result) -> bool:
 
 def _encode(bench: Bench) -> list[Encoded]:
     tower = Tower(bench.model, Normaliser(bench.processor, bench.device, bench.model.dtype))
-    features = tower.encode(random_images(bench, TILES, ENCODED))
+    features = tower.encode(random_images(bench, TILES, ENCODED)).features
     return [Encoded(TILES, each.clone()) for each in features]
 
 

@@ -17,10 +17,11 @@ from pipeline.images import Normaliser
 from trimming import Grid, KeepAll, Policy
 from trimming.costs import Look
 from trimming.engine import Engine, Request
+from trimming.engine.images import ImageCache
 from trimming.engine.layers import computing_on
 from trimming.engine.sequence import Encoded, Sequence_
-from trimming.engine.vision import ImageCache, Tower
 from trimming.selection import farthest_points, unit_rows
+from trimming.tower import Tower
 
 TILES = 2
 """As most photographs have."""
@@ -41,7 +42,7 @@ def measure_prefill(bench: Bench, out: Result) -> None:
         tower = Tower(bench.model, Normaliser(bench.processor, bench.device, bench.model.dtype))
         most = max(amounts.prefills)
         images = [image for _ in range(-(-most // 8)) for image in random_images(bench, TILES, min(most, 8))][:most]
-        features = [tower.encode([image])[0].clone() for image in images]
+        features = [tower.encode([image]).features[0].clone() for image in images]
         kv_bytes = 2 * most * bench.costs.kv_bytes(amounts.caption_prompt + 64, tokens)
         for name, policy in POLICIES.items():
             engine = Ours(bench.model, bench.processor, most, kv_bytes).engine(policy, ImageCache(0))

@@ -14,10 +14,10 @@ from benchmarks.gpu.roofline import each_seconds, measured
 from pipeline.images import Normaliser, Tiler
 from trimming.engine import Image
 from trimming.engine.layers import computing_on
-from trimming.engine.vision import Tower, TowerTiles
+from trimming.tower import Tower, TowerTiles
 
 TILE_COUNTS = (1, 2, 4)
-MODES: tuple[TowerTiles, ...] = ("all", "real")
+MODES: tuple[TowerTiles, ...] = ("pooled", "all", "real")
 PROFILE_SECONDS = 8.0
 """That a profile, or the comparison of backends, is taken to need."""
 
@@ -66,7 +66,7 @@ def _measure(bench: Bench, tower: Tower, images: list[Image], mode: TowerTiles) 
     with torch.inference_mode(), computing_on(bench.device):
         # Warms up as well: libraries pick their kernels at the first call.
         for _ in range(2):
-            features = tower.encode(images)
+            features = tower.encode(images).features
         if not features.isfinite().all():
             raise SectionError("the tower's features are not finite: the weights are no measure of anything")
         del features

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jobs.estimation.schedule import Row
 from trimming.engine.memory import LEAST_SPARE, slack
 from trimming.engine.request import KeptSets
-from trimming.engine.vision import TowerTiles
+from trimming.tower import TowerTiles
 
 DEFAULT_TILES: dict[int, float] = {1: 0.15, 2: 0.70, 4: 0.15}
 """Shares of images by real tiles: like COCO's photographs, mostly 640 × 480, which is two tiles (make bench's mix). Larger

@@ -16,7 +16,7 @@ from jobs.report import STAGES, Stage
 from pipeline.storage import Storage
 from trimming.costs import Costs, Look
 from trimming.engine.request import KeptSets
-from trimming.engine.vision import TowerTiles
+from trimming.tower import TowerTiles
 
 SAMPLE_ROWS = 4096
 """Rows of the run that its schedule is worked out for; of more than these the first ones stand for all."""

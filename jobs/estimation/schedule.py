@@ -19,7 +19,7 @@ from trimming.costs import Cost, Costs, Look
 from trimming.engine.request import GROUP_ROWS, KeptSets, groups
 from trimming.engine.scheduler import PREFILL_SEQUENCES, PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, SLOT_GRAIN, TOWER_IMAGES
 from trimming.engine.sequence import ceil_to
-from trimming.engine.vision import TowerTiles
+from trimming.tower import TowerTiles
 
 LEARNING, MARGIN = 0.2, 1.05
 """How fast the scheduler learns what rows keep, and how much more it expects."""

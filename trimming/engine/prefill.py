@@ -36,6 +36,7 @@ from trimming.mllama import Rows
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import merged, merged_into
+from trimming.tower import Tower
 
 DECISIONS = 1024
 """Images, or rows of images, of which it is remembered what stays."""
@@ -157,6 +158,7 @@ class Prefill:
         rows: see ``trimming.trim``.
         memory: sequences come with a slot there; their segments are allocated here.
         rotary: the model's.
+        tower: what encodes the sequences' images.
     """
 
     def __init__(
@@ -166,8 +168,10 @@ class Prefill:
         rows: Rows,
         memory: Memory | ShardedMemory,
         rotary: Rotary,
+        tower: Tower,
     ) -> None:
         self.model, self.policy, self.rows, self.memory, self.rotary = model, policy, rows, memory, rotary
+        self.tower = tower
         self.text: Any = model.model.language_model
         self.geometry: Geometry = memory.geometry
         self.tokens: int = model.model.vision_model.num_patches
@@ -176,6 +180,11 @@ class Prefill:
         self.stages = stages(model)
         # What was decided by images alone, the oldest dropped first.
         self._decided: OrderedDict[Hashable, tuple[Tensor, Tensor | None]] = OrderedDict()
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what stands for several features counts as often: see ``Policy.weighs``."""
+        return self.tower.weighs or self.policy.weighs
 
     def __call__(self, sequences: Sequence[Sequence_]) -> Tensor:
         """Logits (B, V) of the token after each prompt. Sets each sequence's ``segment`` and ``trim``.
@@ -609,7 +618,7 @@ class _Batch:
         real = (torch.arange(most * tokens) < torch.tensor([image.tiles * tokens for image in images])[:, None]).flatten()
         valid = torch.zeros_like(real).index_fill_(0, positions[: ends[-1]], True)
         sizes = None
-        if prefill.policy.weighs:
+        if prefill.weighs:
             own = [torch.ones(image.real(tokens)) if image.members is None else image.members.sizes for image in images]
             # Padding tiles' features, behind all others, stand for themselves.
             sizes = torch.cat([*own, torch.ones(len(positions) - ends[-1])])
@@ -681,7 +690,7 @@ class _Batch:
             whole = alike and s.stored == (0, len(s.kept))
             which = None if len(s.kept) == len(s.positions) else s.kept.numpy().tobytes()
             share = (s.group.keys, s.clustered, which) if whole else None
-            placed = self._place(s, [s.stored[1] - s.stored[0]] * layers, *widths, int(policy.weighs), share)
+            placed = self._place(s, [s.stored[1] - s.stored[0]] * layers, *widths, int(self.prefill.weighs), share)
             if placed and whole and not s.fresh:
                 self.there.append(s)
         self._check_room()
@@ -713,7 +722,7 @@ class _Batch:
         """Allocates and fills the segments of sets of which each layer has kept a set of its own."""
         for s in self.sets if self.stores else ():
             rows, keys = [key.shape[1] for key, *_ in s.held], [key.shape[2] for key, *_ in s.held]
-            biases = len(rows) if self.prefill.policy.weighs else 0
+            biases = len(rows) if self.prefill.weighs else 0
             if self._place(s, rows, keys, [value.shape[2] for _, value, _ in s.held], biases) and s.fresh:
                 assert s.segment is not None
                 for index, (*layer, bias) in enumerate(s.held):
@@ -803,11 +812,12 @@ class _Batch:
         policy = self.prefill.policy
         width = policy.key_width(geometry.head_dim)
         biases = 0
-        if policy.weighs:
+        if self.prefill.weighs:
             biases = geometry.cross_layers if policy.where == "each_layer" else 1
         counts = s.counts or None if s else None
         into = self._merged_into(s, keep) if s else None
-        return SampleTrim.of(real, keep, length, geometry, itemsize, allocated, counts, width, biases, into)
+        tower = self.prefill.tower.keep_fraction([image.tiles for image in s.group.encoded]) if s else None
+        return SampleTrim.of(real, keep, length, geometry, itemsize, allocated, counts, width, biases, into, tower)
 
     def _merged_into(self, s: _Set, keep: Tensor) -> Tensor | None:
         """See ``SampleTrim.merged_into``; ``keep`` (N,) bool."""
@@ -818,7 +828,10 @@ class _Batch:
         firsts = []
         for i, image in enumerate(s.group.encoded):
             own = torch.arange(image.tiles * self.prefill.tokens)
-            firsts.append((own if image.members is None else image.members.places[image.members.cluster]) + i * size)
+            if image.members is not None:
+                cluster = image.members.cluster
+                own = torch.where(cluster >= 0, image.members.places[cluster.clamp(min=0)], -1)
+            firsts.append(torch.where(own >= 0, own + i * size, -1))
         return merged_into(s.real, torch.cat(firsts), keep, targets)
 
 

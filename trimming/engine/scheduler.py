@@ -21,6 +21,7 @@ from transformers import MllamaForConditionalGeneration
 from trimming.clustering import Clustering
 from trimming.costs import Costs, Geometry
 from trimming.engine.decode import Decode
+from trimming.engine.images import ImageCache, encoded_images, encoding_of
 from trimming.engine.layers import Rotary, computing_on
 from trimming.engine.limits import Limit
 from trimming.engine.memory import Memory
@@ -31,9 +32,9 @@ from trimming.engine.sampling import choose
 from trimming.engine.sequence import Encoded, Group, Sequence_, ceil_to, image_spans
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stage_geometries, stages
-from trimming.engine.vision import ImageCache, Tower, TowerTiles, encoded_images
 from trimming.mllama import Rows
 from trimming.policies import Policy
+from trimming.tower import Tower, TowerPolicy, TowerTiles
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ class Engine:
             device's or the sum, which is then shared out by layers.
         max_sequences: and no more than these.
         image_cache_bytes: memory for encoded images that later requests may share; 0 encodes every request's images.
-        tower_tiles: ``real`` leaves padding tiles out of the vision tower, which is faster and an approximation.
+        tower_tiles: what becomes of padding tiles in the vision tower: see ``trimming.tower.TowerTiles``. By default
+            ``pooled``; ``all`` under transformers' rows, which see padding tiles.
+        tower_policy: which rows of real tiles go on through the tower, layer by layer; None: all.
         detokenize: from tokens to text, for ``Completion.text`` and stop strings.
         kept_sets: ``image``: requests that come together (``submit_together``, ``generate``) decide together, by the sum of
             their attention, and share what they keep. ``question``: each decides for itself.
@@ -109,10 +112,12 @@ class Engine:
         kv_bytes: int | Sequence[int],
         max_sequences: int = 256,
         image_cache_bytes: int = 1 << 30,
-        tower_tiles: TowerTiles = "all",
+        tower_tiles: TowerTiles | None = None,
+        tower_policy: TowerPolicy | None = None,
         detokenize: Callable[[Sequence[int]], str] | None = None,
         kept_sets: KeptSets = "image",
     ) -> None:
+        tower_tiles = tower_tiles or ("all" if rows == "transformers" else "pooled")
         for name, given, kind in (
             ("rows", rows, Rows),
             ("tower_tiles", tower_tiles, TowerTiles),
@@ -132,17 +137,17 @@ class Engine:
         self.side: int = vision.image_size
         # The first is that of ratio_id 1.
         self.tiles_of_ratio: list[int] = [rows * columns for rows, columns in vision.supported_aspect_ratios]
-        self.tower = Tower(model, normalise, tower_tiles, keep_padding=rows == "transformers")
+        self.tower = Tower(model, normalise, tower_tiles, tower_policy, keep_padding=rows == "transformers")
         self.images = ImageCache(image_cache_bytes)
         self.geometry = Geometry.of(model.config)
         self.stages = stages(model)
         self.memory = _memory_for(model, kv_bytes)
         rotary = Rotary(model)
-        self.prefill = Prefill(model, policy, rows, self.memory, rotary)
+        self.prefill = Prefill(model, policy, rows, self.memory, rotary, self.tower)
         self.decode = _decode_for(model, self.memory, rotary, max_sequences)
         if policy.slices:
             self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
-        self.decode.weigh(policy.weighs)
+        self.decode.weigh(self.prefill.weighs)
         self.waiting: deque[Sequence_] = deque()
         self.statistics = Statistics()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -276,8 +281,8 @@ class Engine:
                 raise RuntimeError("a policy that slices keys needs an engine of its own")
             if policy.slices:
                 self.decode.slice_keys(policy.key_width(self.geometry.head_dim))
-            self.decode.weigh(policy.weighs)
             self.policy = self.prefill.policy = policy
+            self.decode.weigh(self.prefill.weighs)
             self._left = 1.0
             self._share = _first_guess(policy)
 
@@ -457,7 +462,7 @@ class Engine:
         for number, party in enumerate(self._parties(batch)):
             # A group that decides by its texts has keys and values of its own, until they are stored.
             seen |= {(id(image), number * self._looks): len(image.features) for image in party[0].group.encoded}
-            if within and self.policy.clustering is not None and sum(seen.values()) > PREFILL_VISUAL_TOKENS:
+            if within and sum(seen.values()) > PREFILL_VISUAL_TOKENS:
                 break
             within += party
         return within
@@ -615,15 +620,11 @@ class Engine:
         pictures = [image for _, image in together]
 
         def encode() -> list[Encoded]:
-            attention: Tensor | None = None
             if whole:
-                features = whole.features[None]
-                attention = None if whole.class_attention is None else whole.class_attention[None]
-            elif "class_attention" in self.policy.looks_at:
-                features, attention = self.tower.look(pictures)
+                encoding = encoding_of(whole, self.tower.tokens)
             else:
-                features = self.tower.encode(pictures)
-            encoded = encoded_images(len(image.pixels), self.tower.tokens, features, attention, self.policy.clustering)
+                encoding = self.tower.encode(pictures, look="class_attention" in self.policy.looks_at)
+            encoded = encoded_images(len(image.pixels), encoding, self.policy.clustering)
             self._synchronise()
             return encoded
 

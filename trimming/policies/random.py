@@ -26,9 +26,14 @@ class Random(KeepShare):
         scores = torch.zeros(context.valid.shape, dtype=torch.float32)
         valid = context.valid.cpu()
         for row, sample_id in enumerate(context.sample_ids):
-            digest = hashlib.sha256(f"{self.seed}/{sample_id}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            generator = generator_of(self.seed, sample_id)
             # As many ranks as the sample has features: the batch's padding must not shift the draw.
             ranks = torch.randperm(int(valid[row].sum()), generator=generator)
             scores[row, valid[row]] = ranks.float()
         return scores.to(context.valid.device)[:, None]
+
+
+def generator_of(seed: int, id: str) -> torch.Generator:
+    """One that draws the same for the same ``seed`` and ``id``, on any machine."""
+    digest = hashlib.sha256(f"{seed}/{id}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
