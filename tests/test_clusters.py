@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from torch import Tensor
 from trimming import Clusters, KeepAll, Policy, ThinK
 from trimming.clustering import NEIGHBOURS, Clustering, merge_clusters
 from trimming.policies import ElasticCache, TrimmedLlama
+from trimming.tower import Encoding
 
 SHARE, LIKE = Clustering(keep=0.3), Clustering(likeness=0.6)
 
@@ -304,7 +306,12 @@ def test_a_decision_over_other_clusters_is_made_anew(monkeypatch: pytest.MonkeyP
         sequence.group.encoded = []
     nudge = 0.2 * torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1))
     encode = engine.tower.encode
-    monkeypatch.setattr(engine.tower, "encode", lambda images: encode(images) + nudge)
+
+    def nudged(images: Any) -> Encoding:
+        found = encode(images)
+        return replace(found, features=found.features + nudge)
+
+    monkeypatch.setattr(engine.tower, "encode", nudged)
     while not all(sequence.future.done() for sequence in running):
         engine.step()
     first, *again = [sequence.future.result().trim for sequence in running]

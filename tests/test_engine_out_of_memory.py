@@ -11,7 +11,6 @@ import pytest
 import torch
 from operations import Largest, Watch
 from tiny import Row, complete, finish, lively_model, make_engine, make_prompts
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from trimming import DivPrune, ElasticCache, KeepAll, Policy, SnapKV, TrimmedLlama
@@ -22,6 +21,7 @@ from trimming.engine.memory import Memory
 from trimming.engine.scheduler import PREFILL_VISUAL_TOKENS, activation_bytes, out_of_memory
 from trimming.engine.sequence import Encoded
 from trimming.selection import farthest_points, unit_rows
+from trimming.tower import Encoding
 from trimming.tower.tower import _patches
 
 POLICY = TrimmedLlama(0.2)
@@ -321,7 +321,7 @@ def test_what_waits_encoded_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     most = [0]
     encode = engine.tower.encode
 
-    def watch(images: Sequence[Image]) -> Tensor:
+    def watch(images: Sequence[Image]) -> Encoding:
         held = sum(encoded.tiles for s in engine.waiting for encoded in s.group.encoded) * 10
         most[0] = max(most[0], held + 10 * sum(len(image.pixels) for image in images))
         return encode(images)

@@ -142,7 +142,7 @@ def prefilled(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Sequence_
     with torch.inference_mode():
         for number, prompt in enumerate(prompts):
             sequence = Sequence_(prompt.request(str(number)), Future(), image_spans(prompt.tokens, IMAGE))
-            sequence.group.encoded = [Encoded(len(i.pixels), engine.tower.encode([i])[0]) for i in prompt.images]
+            sequence.group.encoded = [Encoded(len(i.pixels), engine.tower.encode([i]).features[0]) for i in prompt.images]
             sequences.append(sequence)
         assert engine._reserve(sequences)
         return sequences, engine.prefill(sequences)

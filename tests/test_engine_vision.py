@@ -34,7 +34,7 @@ from trimming.engine import Engine, Image
 from trimming.engine.images import ImageCache
 from trimming.engine.limits import Limit
 from trimming.engine.sequence import Encoded
-from trimming.tower import Tower, TowerTiles
+from trimming.tower import Encoding, Tower, TowerTiles
 
 # Every arrangement of so many tiles: see the image processor's table of ratios.
 RATIOS_OF_TILES = {1: [1], 2: [2, 5], 3: [3, 7], 4: [4, 6, 8]}
@@ -50,7 +50,7 @@ def make_images(tiles: int, count: int, seed: int = 0) -> list[Image]:
 
 
 def make_tower(tower_tiles: TowerTiles = "all", keep_padding: bool = False) -> Tower:
-    return Tower(lively_model(), lambda pixels: pixels, tower_tiles, keep_padding)
+    return Tower(lively_model(), lambda pixels: pixels, tower_tiles, keep_padding=keep_padding)
 
 
 @torch.inference_mode()
@@ -74,7 +74,7 @@ def test_the_tower_is_exact(tiles: int, count: int, keep_padding: bool) -> None:
     images = make_images(tiles, count)
     wanted = models_features(images)
     with torch.inference_mode():
-        found = make_tower(keep_padding=keep_padding).encode(images)
+        found = make_tower(keep_padding=keep_padding).encode(images).features
     assert found.shape == (count, (TILES if keep_padding else tiles) * TOKENS, wanted.shape[-1])
     torch.testing.assert_close(found, wanted[:, : found.shape[1]], atol=1e-5, rtol=1e-5)
     # The oracle tells images, arrangements and tiles apart.
@@ -85,7 +85,7 @@ def test_without_padding_tiles_the_tower_is_an_approximation() -> None:
     for tiles in (1, 2, 3, 4):
         images = make_images(tiles, 3)
         with torch.inference_mode():
-            exact, real = make_tower().encode(images), make_tower("real").encode(images)
+            exact, real = make_tower().encode(images).features, make_tower("real").encode(images).features
         assert real.shape == exact.shape
         away = (torch.linalg.norm(real - exact) / torch.linalg.norm(exact)).item()
         if tiles == TILES:
@@ -218,7 +218,7 @@ def test_images_of_one_tile_count_go_through_the_tower_together() -> None:
     batches: list[list[int]] = []
     encode = engine.tower.encode
 
-    def note(images: Sequence[Image]) -> Tensor:
+    def note(images: Sequence[Image]) -> Encoding:
         batches.append([len(image.pixels) for image in images])
         return encode(images)
 

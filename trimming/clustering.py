@@ -167,7 +167,7 @@ def sums_by(rows: Tensor, into: Tensor, count: int) -> Tensor:
     """
     batch = len(rows)
     # Those that go nowhere have a place of their own.
-    flat = (into.where(into >= 0, count) + torch.arange(batch, device=into.device)[:, None] * (count + 1)).flatten()
+    flat = (into.masked_fill(into < 0, count) + torch.arange(batch, device=into.device)[:, None] * (count + 1)).flatten()
     rows = rows.flatten(0, 1).float()
     if rows.device.type == "cpu":
         sums = rows.new_zeros(batch * (count + 1), rows.shape[-1]).index_add_(0, flat, rows)

@@ -28,7 +28,7 @@ from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import merged, merged_into, ragged_index
 from trimming.tower import Encoding, Tower, TowerPolicy, TowerTiles
-from trimming.tower.rows import first_members
+from trimming.tower.rows import first_members, follow
 
 Rows = Literal["meta", "transformers"]
 
@@ -309,7 +309,7 @@ class _Surgery:
             self.spread(seen, own, count * tokens, states, firsts, sizes, looked)
         if prefill is not None:
             offset = torch.arange(images, device=firsts.device).repeat(batch)[:, None] * (tiles * tokens)
-            prefill.firsts = torch.where(firsts >= 0, firsts + offset, -1).view(batch, -1)
+            prefill.firsts = (firsts + offset).masked_fill(firsts < 0, -1).view(batch, -1)
             prefill.sizes = sizes.view(batch, -1)
             if "class_attention" in self.policy.looks_at:
                 prefill.class_attention = looked.view(batch, -1)
@@ -324,7 +324,7 @@ class _Surgery:
         if seen.group is not None:
             assert seen.sizes is not None
             places = first_members(seen.group, seen.real)
-            firsts[own, :real] = torch.where(seen.group >= 0, places.gather(1, seen.group.clamp(min=0)), -1)
+            firsts[own, :real] = follow(seen.group, places)
             sizes[own[:, None], places] = seen.sizes
         states[own[:, None], places] = seen.features[:, : seen.real].to(states.dtype)
         if seen.class_attention is not None:
@@ -471,7 +471,7 @@ class _Surgery:
                     looked[row, left.to(looked.device)] = sums_by(mine, found.cluster.to(mine.device)[None], len(left))[0, :, 0]
         whole = torch.arange(valid.shape[1], device=valid.device)
         prefill.features, prefill.sizes, prefill.valid = states, sizes, valid & (begins == whole)
-        prefill.firsts = torch.where(firsts >= 0, begins.gather(1, firsts.clamp(min=0)), -1)
+        prefill.firsts = follow(firsts, begins)
 
     def decide(self, prefill: _Prefill, attention: Tensor | None, recent: Tensor | None) -> None:
         real, valid, states, sizes = prefill.real, prefill.valid, prefill.features, prefill.sizes

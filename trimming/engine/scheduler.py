@@ -623,7 +623,8 @@ class Engine:
             if whole:
                 encoding = encoding_of(whole, self.tower.tokens)
             else:
-                encoding = self.tower.encode(pictures, look="class_attention" in self.policy.looks_at)
+                look = "class_attention" in self.policy.looks_at
+                encoding = self.tower.look(pictures) if look else self.tower.encode(pictures)
             encoded = encoded_images(len(image.pixels), encoding, self.policy.clustering)
             self._synchronise()
             return encoded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Padding:
         return self.sizes.log()
 
 
+@cache
 def padding_of(real: int, tiles: int, tokens: int, pooled: bool) -> Padding:
     """For an image of ``real`` tiles in a tower of ``tiles``, of ``tokens`` each.
 

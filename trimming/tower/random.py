@@ -26,4 +26,4 @@ class RandomRows(TowerPolicy):
 def first_ranked(worth: Tensor, left: int) -> Tensor:
     """(B, f) long: each of the ``left`` rows of the least ``worth`` (B, f), all different in a row, alone; −1 for the rest."""
     rank = worth.argsort(1).argsort(1)
-    return torch.where(rank < left, rank, -1)
+    return rank.masked_fill(rank >= left, -1)

@@ -131,7 +131,7 @@ class Rows:
         # Class tokens' rows stay apart, in front; then all in the order of first members.
         number = free.new_empty(batch, self.real)
         number.scatter_(1, self.class_rows, torch.arange(self.tiles, device=device).expand(batch, -1))
-        number.scatter_(1, free, torch.where(groups >= 0, groups + self.tiles, -1))
+        number.scatter_(1, free, (groups + self.tiles).masked_fill(groups < 0, -1))
         into = _in_order(number, left)
         weights = counted.scatter(1, free, policy.weights(rows))
         merged = means_by(real, weights, into, left)
@@ -166,18 +166,18 @@ def first_members(into: Tensor, count: int) -> Tensor:
     batch, rows = into.shape
     places = torch.arange(rows, device=into.device).expand(batch, -1)
     found = torch.full((batch, count + 1), rows, device=into.device)
-    return found.scatter_reduce_(1, into.where(into >= 0, count), places, "amin")[:, :count]
+    return found.scatter_reduce_(1, into.masked_fill(into < 0, count), places, "amin")[:, :count]
 
 
 def _in_order(number: Tensor, count: int) -> Tensor:
     """(B, n) numbers below ``count`` or −1, as numbers in the order of first members."""
     rank = first_members(number, count).argsort(1).argsort(1)
-    return torch.where(number >= 0, rank.gather(1, number.clamp(min=0)), -1)
+    return rank.gather(1, number.clamp(min=0)).masked_fill(number < 0, -1)
 
 
 def follow(group: Tensor, into: Tensor) -> Tensor:
     """(B, n) long: where rows are that went into ``group`` (B, n), or −1 for none, and then ``into`` (B, m) of these."""
-    return torch.where(group >= 0, into.gather(1, group.clamp(min=0)), -1)
+    return into.gather(1, group.clamp(min=0)).masked_fill(group < 0, -1)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

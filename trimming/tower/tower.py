@@ -108,13 +108,19 @@ class Tower:
         """Whether what stands for several counts as often: see ``TowerPolicy.weighs``."""
         return self.policy is not None and self.policy.weighs
 
-    def encode(self, images: Sequence[Picture], look: bool = False) -> Encoding:
-        """Projected features of ``images``, which share one tile count; with ``look`` the class tokens' attention too."""
-        seen = self.see(images, look)
+    def encode(self, images: Sequence[Picture]) -> Encoding:
+        """Projected features of ``images``, which share one tile count."""
+        return self._projected(self.see(images, look=False))
+
+    def look(self, images: Sequence[Picture]) -> Encoding:
+        """``encode``, with the class tokens' attention."""
+        return self._projected(self.see(images, look=True))
+
+    def _projected(self, seen: Encoding) -> Encoding:
         return replace(seen, features=self.projector(seen.features))
 
-    def see(self, images: Sequence[Picture], look: bool = False) -> Encoding:
-        """``encode`` before the projector."""
+    def see(self, images: Sequence[Picture], look: bool) -> Encoding:
+        """What the projector is given of ``images``; with ``look`` the class tokens' attention too."""
         vision, tokens, policy = self.vision, self.tokens, self.policy
         count, device = len(images[0].pixels), vision.class_embedding.device
         tiles = count if self.tower_tiles == "real" else self.max_tiles
