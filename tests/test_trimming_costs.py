@@ -25,7 +25,7 @@ from trimming.engine.gather import Gathered
 from trimming.engine.onednn import OneDnnLinear
 from trimming.engine.sequence import Encoded, Sequence_
 from trimming.policies.policy import Where
-from trimming.tower import Encoding, Tower
+from trimming.tower import Alike, Encoding, EViT, ToMe, Tower, TowerPolicy
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TEXT_90B = {
@@ -116,6 +116,9 @@ class Watching:
         return self.prefill(sequences)
 
 
+TOWER_POLICIES = [None, Alike(0.6), ToMe(0.6), EViT(0.6)]
+
+
 class Watched:
     """An engine whose every call of tower, prefill and decoding is counted, and costed from what it was called with.
 
@@ -123,7 +126,7 @@ class Watched:
     """
 
     def __init__(self, model: MllamaForConditionalGeneration, policy: Policy, **options: Any) -> None:
-        self.policy, self.tower_tiles = policy, options.get("tower_tiles", "pooled")
+        self.policy, self.tower = policy, (options.get("tower_tiles", "pooled"), options.get("tower_policy"))
         self.engine = make_engine(model, policy, **options)
         self.costs = Costs(model.config, model.dtype.itemsize)
         self.calls: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -135,7 +138,7 @@ class Watched:
     def encode(self, images: Sequence[Image]) -> Encoding:
         features, operations = counted(self._encode, images)
         tiles, count = len(images[0].pixels), len(images)
-        cost = self.costs.tower(tiles, count, self.tower_tiles) + self.costs.projector(tiles, count)
+        cost = self.costs.tower(tiles, count, *self.tower) + self.costs.projector(tiles, count, self.tower[1])
         self.calls["tower"].append((operations, cost.operations))
         return features
 
@@ -244,8 +247,11 @@ def test_every_call_does_the_operations_it_is_costed_at(
 
 @pytest.mark.parametrize("tower_tiles", ["pooled", "all", "real"])
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
-def test_tower_operations(model: MllamaForConditionalGeneration, tiles: int, tower_tiles: str) -> None:
-    watched = Watched(model, KeepAll(), tower_tiles=tower_tiles)
+@pytest.mark.parametrize("tower_policy", TOWER_POLICIES, ids=repr)
+def test_tower_operations(
+    model: MllamaForConditionalGeneration, tiles: int, tower_tiles: str, tower_policy: TowerPolicy | None
+) -> None:
+    watched = Watched(model, KeepAll(), tower_tiles=tower_tiles, tower_policy=tower_policy)
     watched.engine.generate([request(model, str(i), [image(model, tiles, str(i))]) for i in range(3)])
 
     ((operations, cost),) = watched.calls["tower"]
@@ -254,16 +260,18 @@ def test_tower_operations(model: MllamaForConditionalGeneration, tiles: int, tow
 
 @pytest.mark.parametrize("tower_tiles", ["pooled", "all", "real"])
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
-def test_tower_operations_at_11b(tiles: int, tower_tiles: Any) -> None:
+@pytest.mark.parametrize("tower_policy", TOWER_POLICIES, ids=repr)
+def test_tower_operations_at_11b(tiles: int, tower_tiles: Any, tower_policy: TowerPolicy | None) -> None:
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(CONFIG_11B)
-        tower = Tower(model, lambda pixels: pixels.float(), tower_tiles)
+        tower = Tower(model, lambda pixels: pixels.float(), tower_tiles, tower_policy)
         images = [Image(str(i), torch.empty(tiles, 3, 560, 560, dtype=torch.uint8), 1) for i in range(2)]
     with torch.no_grad():
         _, operations = counted(tower.encode, images)
 
     costs = Costs(CONFIG_11B)
-    assert operations == (costs.tower(tiles, 2, tower_tiles) + costs.projector(tiles, 2)).operations
+    tower_cost = costs.tower(tiles, 2, tower_tiles, tower_policy) + costs.projector(tiles, 2, tower_policy)
+    assert operations == tower_cost.operations
 
 
 @pytest.mark.parametrize("clustering", [Clustering(keep=0.1), Clustering(likeness=0.9)], ids=repr)

@@ -219,9 +219,15 @@ class Alone:
 
 
 def run_alone(
-    model: MllamaForConditionalGeneration, prompt: Prompt, id: str, policy: Policy, rows: Rows = "meta", new_tokens: int = 10
+    model: MllamaForConditionalGeneration,
+    prompt: Prompt,
+    id: str,
+    policy: Policy,
+    rows: Rows = "meta",
+    new_tokens: int = 10,
+    **tower: Any,
 ) -> Alone:
-    with torch.inference_mode(), trim(model, policy, rows) as trimmed:
+    with torch.inference_mode(), trim(model, policy, rows, **tower) as trimmed:
         trimmed.sample_ids = [id]
         out = model.generate(
             **prompt.inputs, max_new_tokens=new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True

@@ -184,14 +184,19 @@ class Costs:
         added = tiles * (self.tokens - 1) * wide * self._patch
         # Pixels, rows of the tables, keys and values written and read, features.
         moved = tiles * vision.num_channels * vision.image_size**2 + self._arrangement + rows[-1] * vision.vision_output_dim
-        matching = 0
+        local, matching = vision.num_hidden_layers, 0
+        if rows[local] < rows[0]:
+            # Means over tiles of their embeddings.
+            added += rows[local] * tiles * wide
         for layer, real in enumerate(rows[:-1]):
             last = layer == self._vision_layers - 1
             every, asking = real + padding, real if last else real + padding
             added += every * kv + asking * rest + 2 * wide * (real * every + (asking - real) * real)
             moved += every * 4 * wide
             if tower_policy is not None and rows[layer + 1] < real:
-                matching += tower_policy.operations(real - tiles, wide, head)
+                matching += tower_policy.operations(real - tiles, rows[layer + 1] - tiles, wide, head)
+                if "class_attention" in tower_policy.looks_at:
+                    added += tiles * every * wide
         return Cost(images * (2 * added + matching), self.itemsize * (self._tower + images * moved))
 
     def projector(self, tiles: int, images: int = 1, tower_policy: TowerPolicy | None = None) -> Cost:

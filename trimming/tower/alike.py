@@ -22,5 +22,5 @@ class Alike(ToMe):
     def metric(self, rows: TowerRows) -> Tensor:
         return rows.states.float()
 
-    def operations(self, count: int, width: int, head_width: int) -> int:
-        return super().operations(count, width, width)
+    def operations(self, count: int, left: int, width: int, head_width: int) -> int:
+        return super().operations(count, left, width, width)

@@ -48,11 +48,11 @@ def run_layer(layer: Any, rows: Rows, seen: Seen, count: int) -> Tensor:
     key = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
     value = attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
     seen.look(query, key, rows, attention.scaling)
-    attended = _attend(query[:, :, :real], key, value, attention.scaling, bias).transpose(1, 2)
+    attended = weighed_attention(query[:, :, :real], key, value, attention.scaling, bias).transpose(1, 2)
     if count > real:
         # Padding sees none of its like. Where rows of real tiles do not weigh, nothing is left to add.
         seen_bias = None if bias is None or rows.sizes is None or not rows.weighs else bias[:, :real]
-        blind = _attend(query[:, :, real:], key[:, :, :real], value[:, :, :real], attention.scaling, seen_bias)
+        blind = weighed_attention(query[:, :, real:], key[:, :, :real], value[:, :, :real], attention.scaling, seen_bias)
         attended = torch.cat([attended, blind.transpose(1, 2)], 1)
     attended = attention.o_proj(attended.flatten(2))
     states = states[:, :count]
@@ -61,7 +61,7 @@ def run_layer(layer: Any, rows: Rows, seen: Seen, count: int) -> Tensor:
     return states + (layer.gate_ffn.tanh() * forward if layer.is_gated else forward)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+def weighed_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """(B, H, Q, D) of query (B, H, Q, D), key and value (B, H, K, D); ``bias`` (B or 1, K) float32 is added to the logits.
 
     Flash kernels take no mask, and half types would round what is added, e.g. log 100 by 1 %. So it rides in the product: in

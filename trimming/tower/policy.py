@@ -63,8 +63,8 @@ class TowerPolicy(ABC):
         """(B, f) float32: what each row counts in the mean of those that it merges with."""
         return rows.sizes
 
-    def operations(self, count: int, width: int, head_width: int) -> int:
-        """Floating-point operations of the matrix products that bring ``count`` rows, class tokens apart, to fewer."""
+    def operations(self, count: int, left: int, width: int, head_width: int) -> int:
+        """Floating-point operations of the matrix products that bring ``count`` rows, class tokens apart, to ``left``."""
         return 0
 
     def reachable(self, tiles: int, side: int, left: int) -> int:

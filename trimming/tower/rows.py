@@ -94,7 +94,7 @@ class Rows:
         if self.group is None:
             own = real.repeat_interleave(self.tokens, 1)
         else:
-            tile = F.one_hot(torch.arange(self.tiles, device=real.device)).float().repeat_interleave(self.tokens, 0)
+            tile = torch.eye(self.tiles, device=real.device).repeat_interleave(self.tokens, 0)
             members = sums_by(tile.expand(len(real), -1, -1), self.group, self.real)
             own = ((members / members.sum(-1, keepdim=True)) @ real.float()).to(real.dtype)
         self.states = self.states + torch.cat([own, embedding[:, self.padding.tile.to(real.device)]], 1)
@@ -111,8 +111,8 @@ class Rows:
         just done, over all rows of real tiles."""
         batch, device = len(self.states), self.states.device
         taken = torch.zeros(batch, self.real, dtype=torch.bool, device=device).scatter_(1, self.class_rows, True)
-        # As many in every image.
-        free = (~taken).nonzero()[:, 1].view(batch, -1)
+        # As many in every image; without waiting for the device.
+        free = taken.byte().argsort(dim=1, stable=True)[:, : self.real - self.tiles]
         real, counted = self.states[:, : self.real], self.counted
 
         def of_free(each: Tensor | None) -> Tensor | None:

@@ -38,8 +38,12 @@ class ToMe(TowerPolicy):
         assert rows.keys is not None
         return rows.keys
 
-    def operations(self, count: int, width: int, head_width: int) -> int:
-        return 2 * (count // 2) * (count - count // 2) * head_width
+    def operations(self, count: int, left: int, width: int, head_width: int) -> int:
+        compared = 0
+        while count > left:
+            compared += (count // 2) * (count - count // 2)
+            count = max(left, count // 2)
+        return 2 * compared * head_width
 
     def groups(self, rows: TowerRows, left: int) -> Tensor:
         keys, sizes = self.metric(rows), rows.sizes
