@@ -47,6 +47,7 @@ class StandIn(Answerer):
             visual_tokens=1601,
             kept_visual_tokens=1601,
             keep_fraction=1.0,
+            tower_keep_fraction=1.0,
             cross_kv_bytes_full=1601 * 2**15,
             cross_kv_bytes=1601 * 2**15,
             self_kv_bytes=26 * 2**17,

@@ -182,9 +182,16 @@ def _note_sample(config: RunConfig, sample: int, units: Sequence[Unit]) -> None:
 def _conditions(config: RunConfig, plan: Any) -> dict[str, str]:
     whole = config.kept_sets == "image"
     images = f", of {len(plan.units):,} images with all their rows" if whole else ""
+    tower = {}
+    if config.tower_policy is not None:
+        share = config.recorded()["tower_keep"]
+        tower["Tower"] = (
+            f"`{config.tower_policy}` leaves {share:g} of its rows × layers for every K, and all of them for all features"
+        )
     return {
         "Sample": f"{plan.rows:,} rows of `{config.input}`{images}, drawn with seed {config.seed}",
         "Kept sets": "one for all questions about an image" if whole else "one for each question",
+        **tower,
         "Model": f"`{config.model}` ({plan.checkpoint.identity})",
         "Answers": f"{config.prompt!r}" if config.prompt else f"the questions in `{config.question_column}`",
     }

@@ -11,6 +11,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from jobs import options
+from pipeline.config import TowerPolicyName, TowerTiles
 
 
 def parser() -> ArgumentParser:
@@ -45,7 +46,13 @@ def parser() -> ArgumentParser:
         help="real tiles: a mean (2.3) or shares of images (1:0.2,4:0.8); default: 1:0.15,2:0.7,4:0.15",
     )
     add("--max-tiles", type=int | None, help="most tiles an image is cut into")
-    add("--tower-tiles", type=Literal["all", "real"] | None, help="real leaves padding tiles out of the tower; default: all")
+    add(
+        "--tower-tiles",
+        type=TowerTiles | None,
+        help="padding tiles in the tower: pooled into a few rows each, all of them, or none (real); default: pooled",
+    )
+    add("--tower-policy", type=TowerPolicyName | None, help="which rows go on through the tower, where trimmed; default: all")
+    add("--tower-keep", type=float | None, help="with a tower policy: share of rows × layers that is left; default: 0.5")
     add("--prompt-tokens", type=float | None, help="mean tokens of a prompt; default: 32")
     add("--output-tokens", type=float | None, help="mean tokens of an answer; default: 64")
     add("--max-new-tokens", type=int | None, help="longest answer, which memory is reserved for; default: twice the mean")

@@ -54,7 +54,8 @@ def heading(plan: Plan) -> str:
     done = f", {len(plan.finished)} of them finished before" if plan.finished else ""
     parts = f"{count(plan.rows, 'row')} in {count(len(plan.shards), 'shard')}, {count(len(plan.units), 'unit')}{done}"
     tiles = f", up to {count(config.max_tiles, 'tile')} an image" if config.max_tiles is not None else ""
-    return f"{parts}; {config.model}, {config.policy}{options}{tiles}"
+    tower = "" if config.tower_policy is None else f", tower {config.tower_policy} {config.recorded()['tower_keep']:g}"
+    return f"{parts}; {config.model}, {config.policy}{options}{tiles}{tower}"
 
 
 def skipped(plan: Plan) -> list[str]:
@@ -126,6 +127,7 @@ def table(summary: dict[str, Any], output: str) -> str:
         # Over all starts of the run, unlike the seconds.
         ("images/s per actor", f"{summary['images'] / actors:.1f}, once its model is loaded" if actors else "-"),
         ("mean kept fraction", "-" if fraction is None else f"{fraction:.3f}"),
+        *_tower(summary),
         ("rows' own caches", f"{size(kept)}, with all features {size(full)}, as if no rows shared one"),
     ]
     if summary["accuracy"] is not None:
@@ -135,6 +137,11 @@ def table(summary: dict[str, Any], output: str) -> str:
     lines.append(("device", f"{summary['device']}, {summary['dtype']}"))
     lines.append(("output", output))
     return "\n".join(f"{name:<20}{value}" for name, value in lines)
+
+
+def _tower(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    share = summary.get("mean_tower_keep_fraction")
+    return [] if share in (None, 1.0) else [("tower's kept share", f"{share:.3f} of its rows × layers")]
 
 
 def _held(summary: dict[str, Any]) -> list[tuple[str, str]]:

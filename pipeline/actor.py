@@ -476,7 +476,7 @@ def _give(room: _Room, _: object) -> None:
 
 def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
     from pipeline.engine import Decoding, Engine, Limits
-    from pipeline.model import build_policy, load_model, load_processor
+    from pipeline.model import build_policy, build_tower_policy, load_model, load_processor
     from trimming.engine import Sampling
 
     checkpoint.check()
@@ -494,6 +494,7 @@ def _load(config: RunConfig, checkpoint: Checkpoint) -> Engine:
         ),
         config.tower_tiles,
         config.kept_sets,
+        build_tower_policy(config),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 Job = Literal["answer", "caption"]
 RowSemantics = Literal["meta", "transformers"]
-TowerTiles = Literal["all", "real"]
+TowerTiles = Literal["pooled", "all", "real"]
 KeptSets = Literal["image", "question"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -34,10 +34,22 @@ POLICIES: dict[str, tuple[str, dict[str, float | None]]] = {
 others' place where it is given. A new policy is a line here."""
 POLICY_OPTIONS: dict[str, dict[str, float | None]] = {name: options for name, (_, options) in POLICIES.items()}
 
+TOWER_POLICIES: dict[str, str] = {
+    "alike": "Alike",
+    "tome": "ToMe",
+    "windows": "Windows",
+    "evit": "EViT",
+    "random": "RandomRows",
+    "grid": "GridRows",
+}
+"""By the name that ``--tower-policy`` takes: its class in ``trimming.tower``."""
+TOWER_KEEP = 0.5
+
 if TYPE_CHECKING:
     PolicyName = str
+    TowerPolicyName = str
 else:
-    PolicyName = Literal[tuple(POLICIES)]
+    PolicyName, TowerPolicyName = Literal[tuple(POLICIES)], Literal[tuple(TOWER_POLICIES)]
 
 # What decides a row's answer. The rest (actors, batches, where the cluster is) may change between a run and its continuation.
 _DECIDES = (
@@ -66,6 +78,8 @@ _DECIDES = (
     "stop",
     "max_tiles",
     "tower_tiles",
+    "tower_policy",
+    "tower_keep",
     "limit",
     "unit_rows",
     "write_kept",
@@ -165,8 +179,18 @@ class RunConfig:
     max_tiles: int | None = None
     """Most tiles an image is cut into; default: the model's own, 4. Fewer cost less and show an image at a lower resolution."""
 
-    tower_tiles: TowerTiles = "all"
-    """``real`` leaves padding tiles out of the vision tower: faster, and an approximation of the model."""
+    tower_tiles: TowerTiles | None = None
+    """What becomes of padding tiles in the vision tower: a few rows stand for each (``pooled``), all of them go through it
+    (``all``), or none does (``real``), an approximation that shows; default: pooled, for rows='transformers' all."""
+
+    tower_policy: TowerPolicyName | None = None
+    """Which of an image's rows go on through the vision tower, layer by layer: rows that are alike merge (``alike``, ``tome``),
+    neighbours that are alike do (``windows``), or what class tokens look at least leaves (``evit``); ``random`` and ``grid``
+    are controls; default: all rows go through all layers."""
+
+    tower_keep: float | None = None
+    """With a tower policy: share of the tower's rows × layers that is left, about its share of the work, 0 < share <= 1;
+    default 0.5."""
 
     batch_size: int = 256
     """Rows that decode at once, at most; fewer where the memory for keys and values is full."""
@@ -242,10 +266,7 @@ class RunConfig:
             raise ValueError("temperature=0.0 answers greedily and takes no top_p or top_k; set a temperature, or drop them")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
-        if self.tower_tiles == "real" and self.rows == "transformers":
-            raise ValueError(
-                "tower_tiles='real' leaves out the padding tiles that rows='transformers' looks at; use rows='meta'"
-            )
+        self._check_tower()
         if not all(self.stop):
             raise ValueError(f"stop={self.stop} holds an empty text, which would end every answer at once; drop it")
         if self.image_cache_gib < 0 or (self.kv_gib is not None and self.kv_gib <= 0):
@@ -297,6 +318,20 @@ class RunConfig:
             if name != "weighted" and not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must lie in (0, 1]; policy='none' keeps everything")
 
+    def _check_tower(self) -> None:
+        if self.tower_keep is not None and self.tower_policy is None:
+            raise ValueError(f"tower_keep={self.tower_keep} means nothing without a tower_policy; give one, or drop it")
+        if self.tower_keep is not None and not 0 < self.tower_keep <= 1:
+            raise ValueError(f"tower_keep={self.tower_keep} must lie in (0, 1]; without tower_policy all rows stay")
+        if self.rows == "transformers":
+            given = {"tower_tiles": self.tower_tiles, "tower_policy": self.tower_policy}
+            for name, value in given.items():
+                if value not in (None, "all"):
+                    raise ValueError(
+                        f"{name}={value!r} leaves out features of padding tiles, which rows='transformers' looks at; "
+                        "use rows='meta'"
+                    )
+
     @property
     def policy_options(self) -> dict[str, float | None]:
         """The policy's own options with their defaults filled in; None for what another one stands in the place of."""
@@ -308,6 +343,8 @@ class RunConfig:
     def recorded(self) -> dict[str, Any]:
         """The resolved configuration as JSON values, without anything that may hold a secret."""
         values = asdict(self) | self.policy_options
+        values["tower_tiles"] = self.tower_tiles or ("all" if self.rows == "transformers" else "pooled")
+        values["tower_keep"] = self.tower_keep or (None if self.tower_policy is None else TOWER_KEEP)
         values["storage_options"] = sorted(values["storage_options"])
         values["partitions"] = self.part[1]
         return values

@@ -45,6 +45,7 @@ class Answer:
     visual_tokens: int
     kept_visual_tokens: int
     keep_fraction: float | None
+    tower_keep_fraction: float | None
     cross_kv_bytes_full: int
     cross_kv_bytes: int
     self_kv_bytes: int
@@ -152,6 +153,7 @@ class Engine:
             visual_tokens=trim.visual_tokens,
             kept_visual_tokens=trim.kept_visual_tokens,
             keep_fraction=trim.keep_fraction,
+            tower_keep_fraction=trim.tower_keep_fraction,
             cross_kv_bytes_full=trim.cross_kv_bytes_full,
             cross_kv_bytes=trim.cross_kv_bytes,
             self_kv_bytes=trim.self_kv_bytes + completion.output_tokens * self._token_bytes,

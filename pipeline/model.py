@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import POLICIES, RunConfig
+from pipeline.config import POLICIES, TOWER_KEEP, TOWER_POLICIES, RunConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
     from trimming import Policy
+    from trimming.tower import TowerPolicy
 
 
 # What transformers loads of a folder, and so decides the answers: weights, configurations, tokenizer, templates.
@@ -216,6 +217,25 @@ def build_policy(config: RunConfig) -> Policy:
     seeded = {"seed": config.seed} if "seed" in kind.__dataclass_fields__ else {}
     policy: Policy = kind(**config.policy_options, **seeded)
     return policy if config.key_channels is None else trimming.ThinK(config.key_channels, policy)
+
+
+def build_tower_policy(config: RunConfig) -> TowerPolicy | None:
+    """The tower policy that the configuration names, or None."""
+    return tower_policy_of(config.tower_policy, config.tower_keep, config.seed)
+
+
+def tower_policy_of(name: str | None, keep: float | None, seed: int = 0) -> TowerPolicy | None:
+    """The tower policy of a name and a share, or of its default. Raises ``ValueError`` for a share without a name."""
+    if name is None:
+        if keep is not None:
+            raise ValueError(f"tower_keep={keep} means nothing without a tower_policy; give one, or drop it")
+        return None
+    from trimming import tower
+
+    kind = getattr(tower, TOWER_POLICIES[name])
+    seeded = {"seed": seed} if "seed" in kind.__dataclass_fields__ else {}
+    policy: TowerPolicy = kind(keep=TOWER_KEEP if keep is None else keep, **seeded)
+    return policy
 
 
 def versions() -> dict[str, str]:

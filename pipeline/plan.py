@@ -119,6 +119,7 @@ def make_plan(
     checkpoint = find_checkpoint(config.model, config.revision)
     _check_tiles(config, checkpoint)
     _check_room(config, checkpoint)
+    check_tower(config, checkpoint)
     if checkpoint.weight_bytes > LONG:
         say(f"reading {checkpoint.weight_bytes / 2**30:.0f} GiB of weights, to know this model again")
     output = Storage(config.output, config.storage_options)
@@ -171,6 +172,18 @@ def _check_room(config: RunConfig, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"max_new_tokens={config.max_new_tokens} leaves a prompt no room in the {context} tokens that "
             f"model={config.model!r} takes, prompt and answer together; lower it"
+        )
+
+
+def check_tower(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raises ``ValueError`` for a share of the tower that this model's can't be brought to."""
+    vision = checkpoint.config.get("vision_config") or {}
+    # As transformers' for one that does not say.
+    layers = vision.get("num_hidden_layers", 32) + vision.get("num_global_layers", 8)
+    if config.tower_keep is not None and config.tower_keep <= 1 / layers:
+        raise ValueError(
+            f"tower_keep={config.tower_keep} is not to be reached: every row goes through the first of the {layers} layers of "
+            f"model={config.model!r}; raise it over {1 / layers:.3g}"
         )
 
 

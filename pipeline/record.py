@@ -45,6 +45,7 @@ _SUMS = (
     "self_kv_bytes",
     "keep_fraction_sum",
     "keep_fraction_rows",
+    "tower_keep_fraction_sum",
     "judged",
     "correct",
     "images_encoded",
@@ -63,7 +64,7 @@ _SUMMARY = re.compile(r"summary(-\d+-of-\d+)?\.json")
 _UNIT_FILE = re.compile(r".*-[0-9a-f]{10}-\d{7,}-\d{7,}\.parquet")
 
 
-FORMAT = 4
+FORMAT = 5
 """Version of what ``decides`` holds, to be raised when that changes: two starts of one run must agree on it."""
 
 
@@ -218,9 +219,12 @@ def summarise(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         dtypes.add(unit["dtype"])
         peaks = {name: max(most, unit.get(name, 0)) for name, most in peaks.items()}
     trimmed_rows, kept = totals.pop("keep_fraction_rows"), totals.pop("keep_fraction_sum")
+    tower_kept = totals.pop("tower_keep_fraction_sum")
     judged, correct = totals.pop("judged"), totals.pop("correct")
     totals["error_kinds"] = errors.merge(kinds)
     totals["mean_keep_fraction"] = kept / trimmed_rows if trimmed_rows else None
+    # Of rows with images; older versions, which counted none, let all of them go through the tower.
+    totals["mean_tower_keep_fraction"] = (tower_kept / trimmed_rows or 1.0) if trimmed_rows else None
     totals["accuracy"] = correct / judged if judged else None
     totals["judged"] = judged
     totals["device"] = ", ".join(sorted(devices))

@@ -71,6 +71,7 @@ def tally(rows: Sequence[Row], packed: pa.StructArray, columns: Columns) -> dict
         "tiles": sum(row.tiles for row in rows if row.answer is not None),
         "keep_fraction_sum": sum(fractions),
         "keep_fraction_rows": len(fractions),
+        "tower_keep_fraction_sum": sum(a.tower_keep_fraction or 0.0 for a in answers),
     }
     for name in ("prompt_tokens", "output_tokens", "cross_kv_bytes_full", "cross_kv_bytes", "self_kv_bytes"):
         stats[name] = sum(getattr(answer, name) for answer in answers)

@@ -44,6 +44,7 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("visual_tokens", pa.int32()),
     pa.field("kept_visual_tokens", pa.int32()),
     pa.field(KEEP_FRACTION, pa.float64()),
+    pa.field("tower_keep_fraction", pa.float64()),
     pa.field("cross_kv_bytes_full", pa.int64()),
     pa.field("cross_kv_bytes", pa.int64()),
     pa.field("self_kv_bytes", pa.int64()),

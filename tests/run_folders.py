@@ -174,6 +174,7 @@ def _row(given: Mapping[str, Any]) -> Row:
         visual_tokens=visual,
         kept_visual_tokens=kept,
         keep_fraction=fraction,
+        tower_keep_fraction=given.get("tower_keep_fraction", 1.0 if tiles else None),
         cross_kv_bytes_full=given.get("cross_kv_bytes_full", visual * TOKEN_BYTES),
         cross_kv_bytes=given.get("cross_kv_bytes", kept * TOKEN_BYTES),
         self_kv_bytes=given.get("self_kv_bytes", (prompt + tokens) * SELF_TOKEN_BYTES),

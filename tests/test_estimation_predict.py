@@ -16,6 +16,7 @@ from jobs.estimation.schedule import Engine
 from jobs.report import STAGES
 from trimming.costs import Costs
 from trimming.engine import KeptSets
+from trimming.tower import Alike
 
 JOB = Job(images=1_000_000, questions=1, tiles=DEFAULT_TILES, prompt=32, output=40, longest=80, batch_size=64)
 H100 = GPUS["h100"]
@@ -40,7 +41,7 @@ def estimate(job: Job, costs: Costs, machine: Machine, keep: float = 1.0, room: 
 
 def test_rows_are_spread_as_stated() -> None:
     job = replace(JOB, questions=2.5, prompt=20.4)
-    rows = job.rows(5000, 0.5, 1601)
+    rows = job.rows(5000, 0.5, lambda tiles: tiles * 1601)
     images = {row.image: row.tiles for row in rows}
     assert len(images) == pytest.approx(2000, abs=2)
     shares = {tiles: count / len(images) for tiles, count in Counter(images.values()).items()}
@@ -53,7 +54,7 @@ def test_rows_are_spread_as_stated() -> None:
 
 @pytest.mark.parametrize(("output", "longest"), [(1, 2), (1.5, 2), (64, 64), (63.7, 64)])
 def test_answers_keep_their_mean_under_the_longest(output: float, longest: int) -> None:
-    lengths = [row.output for row in replace(JOB, output=output, longest=longest).rows(4000, 1.0, 4)]
+    lengths = [row.output for row in replace(JOB, output=output, longest=longest).rows(4000, 1.0, lambda tiles: 4 * tiles)]
     assert sum(lengths) / len(lengths) == pytest.approx(output, rel=0.01)
     assert min(lengths) >= 1
     assert max(lengths) <= longest
@@ -123,7 +124,7 @@ def test_the_steady_state_is_that_of_a_long_run(
     job = replace(JOB, images=4000, questions=questions, kept_sets=kept_sets)
     room = 3e9
     engine = Engine(costs=costs, kv_bytes=room, max_sequences=64, kept_sets=kept_sets)
-    calls = list(engine.calls(job.rows(4000 * questions, keep, costs.tokens)))
+    calls = list(engine.calls(job.rows(4000 * questions, keep, engine.left)))
     whole = machine.by_stage(calls)
     steady = estimate(job, costs, machine, keep, room=room)
     for stage in STAGES:
@@ -192,8 +193,15 @@ def test_trimming_spares_decoding_and_leaves_the_tower_alone(costs: Costs, machi
 
 def test_options_move_what_they_should(costs: Costs, machine: Machine) -> None:
     base = estimate(JOB, costs, machine)
+    whole = estimate(replace(JOB, tower_tiles="all"), costs, machine)
     real = estimate(replace(JOB, tower_tiles="real"), costs, machine)
-    assert real.stages["tower"].seconds < 0.7 * base.stages["tower"].seconds
+    assert real.stages["tower"].seconds < base.stages["tower"].seconds < 0.7 * whole.stages["tower"].seconds
+    # Rows that leave the tower leave everything behind it.
+    half = estimate(replace(JOB, tower_policy=Alike(0.5)), costs, machine)
+    assert half.stages["tower"].seconds < 0.6 * base.stages["tower"].seconds
+    for name in ("peak_cross_kv_bytes", "cross_kv_bytes_read"):
+        assert getattr(half, name) < 0.4 * getattr(base, name)
+    assert half.stages["prefill"].seconds < base.stages["prefill"].seconds
     five = estimate(replace(JOB, questions=5), costs, machine)
     assert five.stages["tower"].seconds == pytest.approx(base.stages["tower"].seconds, rel=0.05)
     assert five.stages["decode"].seconds > 3 * base.stages["decode"].seconds

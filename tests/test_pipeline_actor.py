@@ -169,6 +169,34 @@ def test_each_position_has_its_cluster(config: Any, table: pa.Table, tmp_path: A
     assert all(row["merged_into"] is None for row in plain)
 
 
+def test_a_tower_policy_by_name(config: Any, table: pa.Table, tmp_path: Any) -> None:
+    """Half of the tower, and behind it what a policy keeps of the features that are left; where each went is written."""
+    whole, all_of_it = answer(config, table, tmp_path, policy="none")
+    tower = {"tower_policy": "alike", "tower_keep": 0.5, "write_kept": True}
+    rows, stats = answer(config, table, tmp_path, policy="none", **tower)
+    fewer, _ = answer(config, table, tmp_path, policy="trimmed-llama", k_ratio=0.1, **tower)
+    assert stats["errors"] == len(BAD)
+    for full, row, less in zip(whole, rows, fewer, strict=True):
+        assert row["error"] == full["error"]
+        if row["error"] is not None or not full["visual_tokens"]:
+            assert row["tower_keep_fraction"] is None
+            continue
+        assert full["tower_keep_fraction"] == 1.0
+        assert row["tower_keep_fraction"] == less["tower_keep_fraction"] == pytest.approx(0.5, abs=0.01)
+        assert row["visual_tokens"] == full["visual_tokens"]
+        assert less["keep_fraction"] < row["keep_fraction"] < 0.25
+        assert row["cross_kv_bytes"] < 0.25 * full["cross_kv_bytes"]
+        into = [k for k in row["merged_into"] if k >= 0]
+        assert len(into) == row["visual_tokens"]
+        assert sorted(set(into)) == row["kept"]
+    assert all_of_it["tower_keep_fraction_sum"] == all_of_it["keep_fraction_rows"]
+    assert stats["tower_keep_fraction_sum"] == pytest.approx(0.5 * stats["keep_fraction_rows"], rel=0.02)
+    with pytest.raises(
+        ValueError, match=r"tower_keep=0.1 is not to be reached: .* of the 6 layers .* over 0.167"
+    ):
+        answer(config, table, tmp_path, tower_policy="alike", tower_keep=0.1)
+
+
 def test_a_policy_of_the_family_by_name(config: Any, table: pa.Table, tmp_path: Any) -> None:
     """``snapkv`` keeps its share in every layer and head, ``key_channels`` half of the keys' channels of what is kept."""
     whole, _ = answer(config, table, tmp_path, policy="none")

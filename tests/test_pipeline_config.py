@@ -4,8 +4,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from pipeline.config import POLICIES, RunConfig
-from pipeline.model import build_policy
+from pipeline.config import POLICIES, TOWER_POLICIES, RunConfig
+from pipeline.model import build_policy, build_tower_policy
 
 GIVEN: dict[str, Any] = {"job": "answer", "input": "in", "output": "out", "model": "m"}
 
@@ -128,6 +128,46 @@ def test_merging_policies_may_weigh() -> None:
     assert build_policy(RunConfig(**GIVEN, policy="visionzip")) == trimming.VisionZip(0.5)
     with pytest.raises(ValueError, match="weighted=True means nothing to policy='grid'"):
         RunConfig(**GIVEN, policy="grid", weighted=True)
+
+
+def test_the_tower_is_asked_for_by_name() -> None:
+    from trimming import tower
+
+    assert set(TOWER_POLICIES.values()) == {name for name in tower.__all__ if _trims_towers(getattr(tower, name))}
+    assert build_tower_policy(RunConfig(**GIVEN)) is None
+    for name, kind in TOWER_POLICIES.items():
+        assert build_tower_policy(RunConfig(**GIVEN, tower_policy=name)) == getattr(tower, kind)(keep=0.5)
+        assert build_tower_policy(RunConfig(**GIVEN, tower_policy=name, tower_keep=0.7)) == getattr(tower, kind)(keep=0.7)
+    assert build_tower_policy(RunConfig(**GIVEN, tower_policy="random", seed=3)) == tower.RandomRows(0.5, seed=3)
+    plain, half = RunConfig(**GIVEN), RunConfig(**GIVEN, tower_policy="alike")
+    assert [plain.recorded()[name] for name in ("tower_tiles", "tower_policy", "tower_keep")] == ["pooled", None, None]
+    assert [half.recorded()[name] for name in ("tower_tiles", "tower_policy", "tower_keep")] == ["pooled", "alike", 0.5]
+    assert plain.decides_output() == RunConfig(**GIVEN, tower_tiles="pooled").decides_output() != half.decides_output()
+    assert half.decides_output() == RunConfig(**GIVEN, tower_policy="alike", tower_keep=0.5).decides_output()
+    assert RunConfig(**GIVEN, rows="transformers").recorded()["tower_tiles"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tower_keep": 0.5}, r"tower_keep=0.5 means nothing without a tower_policy"),
+        ({"tower_policy": "alike", "tower_keep": 0.0}, r"tower_keep=0.0 must lie in \(0, 1\]"),
+        ({"tower_policy": "alike", "tower_keep": 1.5}, r"tower_keep=1.5 must lie in \(0, 1\]"),
+        ({"rows": "transformers", "tower_tiles": "pooled"}, r"tower_tiles='pooled' leaves out .* use rows='meta'"),
+        ({"rows": "transformers", "tower_tiles": "real"}, r"tower_tiles='real' leaves out .* use rows='meta'"),
+        ({"rows": "transformers", "tower_policy": "tome"}, r"tower_policy='tome' leaves out .* use rows='meta'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_tower_that_can_not_be_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RunConfig(**GIVEN, **wrong)
+
+
+def _trims_towers(value: Any) -> bool:
+    from trimming.tower import TowerPolicy
+
+    return isinstance(value, type) and issubclass(value, TowerPolicy) and value is not TowerPolicy
 
 
 def test_secrets_are_never_recorded() -> None:

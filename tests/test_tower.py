@@ -366,7 +366,7 @@ def test_neighbours_and_repetition_change_nothing(policy: TowerPolicy) -> None:
 @torch.inference_mode()
 def test_what_is_left(policy: TowerPolicy, tiles: int) -> None:
     tower = make_tower(policy)
-    plan = tower.plan(tiles)
+    plan = list(tower.plan(tiles))
     found = tower.encode(make_images(tiles, 2))
     assert found.group is not None
     assert found.sizes is not None

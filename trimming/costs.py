@@ -160,7 +160,7 @@ class Costs:
         }
         """Bytes of all parameters."""
 
-    def tower_rows(self, tiles: int, tower_policy: TowerPolicy | None = None) -> list[int]:
+    def tower_rows(self, tiles: int, tower_policy: TowerPolicy | None = None) -> tuple[int, ...]:
         """Rows of ``tiles`` real tiles that enter each of the tower's layers, and that are left behind the last one."""
         vision = self.vision
         return tower_plan(tower_policy, tiles, self.tokens, vision.num_hidden_layers, vision.num_global_layers)

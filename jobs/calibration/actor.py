@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.actor import Answerer
 from pipeline.config import RunConfig
-from pipeline.model import build_policy
+from pipeline.model import build_policy, build_tower_policy
 from pipeline.sink import UnitWriter
 from pipeline.source import UnitReader, block_rows
 from pipeline.units import Unit
@@ -40,7 +40,7 @@ class Calibrator(Answerer):
         """Writes each run's files and markers of ``units``. Each run's new texts by id, None for a row with an error."""
         texts: dict[str, dict[str, str | None]] = {run.name: {} for run in runs}
         # A unit has one image: the engine holds these encoded from the first run to the last.
-        room = self._room()
+        room = self._room(len({run.config.tower_policy for run in runs}))
         for start in range(0, len(units), room):
             some = units[start : start + room]
             wanted = {unit.name: unit for unit in some if any(unit.name not in run.finished for run in runs)}
@@ -54,6 +54,7 @@ class Calibrator(Answerer):
         if not blocks:
             return {}
         if self.refused is None:
+            self.engine.batch.use_tower(build_tower_policy(run.config))
             self.engine.batch.use(build_policy(run.config))
             # A run's peaks are its own.
             self.engine.batch.reset_statistics()
@@ -73,10 +74,10 @@ class Calibrator(Answerer):
         writer(unit, rows, stats)
         return rows
 
-    def _room(self) -> int:
-        """Images of all tiles that the cache has room for, at least 1."""
+    def _room(self, towers: int) -> int:
+        """Images of all tiles that the cache has room for, each as so many towers leave it, at least 1."""
         if self.refused is not None:
             return 1
         batch = self.engine.batch
         image = batch.tower.max_tiles * batch.tower.tokens * batch.model.config.text_config.hidden_size
-        return max(1, batch.images.limit_bytes // (image * batch.memory.itemsize))
+        return max(1, batch.images.limit_bytes // (towers * image * batch.memory.itemsize))

@@ -14,7 +14,7 @@ from jobs.report import held_of_full
 from pipeline import cluster, lock, record, schema
 from pipeline.config import RunConfig
 from pipeline.listing import list_input
-from pipeline.plan import Plan, look_again, make_plan
+from pipeline.plan import Plan, check_tower, look_again, make_plan
 from pipeline.storage import Storage
 from pipeline.units import Shard, Unit
 
@@ -124,7 +124,8 @@ def plans(
     drawn: Sequence[Range] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Plan]:
-    """The sample's run with all features, under ``ALL``, then one for each K, all over the same units.
+    """The sample's run with all features, under ``ALL``, then one for each K, all over the same units. A tower policy is every
+    K's, and not the first run's, which all of them are held against.
 
     ``config`` keeps all features, and its output is the calibration's folder; ``drawn`` is the sample of ``rows`` rows where an
     earlier start has drawn it. Raises what ``make_plan`` raises.
@@ -134,11 +135,13 @@ def plans(
         return units_of(shards, _draw(config, shards, rows, say) if drawn is None else drawn)
 
     root = config.output.rstrip("/")
-    first = make_plan(replace(config, output=f"{root}/{RUNS}/{ALL}"), cut=cut, say=say)
+    whole = replace(config, tower_policy=None, tower_keep=None)
+    first = make_plan(replace(whole, output=f"{root}/{RUNS}/{ALL}"), cut=cut, say=say)
+    check_tower(config, first.checkpoint)
     found = {ALL: first}
     for k_ratio in k_ratios:
         folder = f"{root}/{RUNS}/{name_of(k_ratio)}"
-        own = replace(first.config, policy="trimmed-llama", k_ratio=k_ratio, output=folder)
+        own = replace(config, policy="trimmed-llama", k_ratio=k_ratio, output=folder)
         found[name_of(k_ratio)] = look_again(replace(first, config=own, output=Storage(folder, config.storage_options)))
     return found
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from jobs.estimation.schedule import Row
 from trimming.engine.memory import LEAST_SPARE, slack
 from trimming.engine.request import KeptSets
-from trimming.tower import TowerTiles
+from trimming.tower import TowerPolicy, TowerTiles
 
 DEFAULT_TILES: dict[int, float] = {1: 0.15, 2: 0.70, 4: 0.15}
 """Shares of images by real tiles: like COCO's photographs, mostly 640 × 480, which is two tiles (make bench's mix). Larger
@@ -34,7 +34,8 @@ class Job:
     longest: int
     """Answers are cut off at so many tokens, which each slot is reserved for."""
     batch_size: int
-    tower_tiles: TowerTiles = "all"
+    tower_tiles: TowerTiles = "pooled"
+    tower_policy: TowerPolicy | None = None
     image_cache: bool = True
     kept_sets: KeptSets = "image"
     merged: bool = False
@@ -60,22 +61,22 @@ class Job:
         """Rows that share a kept set, as all about one image do where they decide together or keep everything."""
         return self.questions if self.kept_sets == "image" or self.merged or keep == 1 else 1.0
 
-    def rows(self, count: int, keep: float, tokens: int) -> list[Row]:
+    def rows(self, count: int, keep: float, left: Callable[[int], int]) -> list[Row]:
         """The first ``count`` rows of a stream like this job's, always the same ones.
 
         Answers are spread evenly about their mean: from 1 token to twice the mean, or as far as the longest allows. Of a mean
         that is no whole number every row has the one below or above.
 
         Args:
-            keep: share of the visual tokens that stays, of every row.
-            tokens: visual tokens of a tile.
+            keep: share that stays of the visual tokens that the tower leaves, of every row.
+            left: by tile count, how many the tower leaves.
         """
         spread = min(self.output - 1, self.longest - self.output)
         rows: list[Row] = []
         image = 0
         while len(rows) < count:
             tiles = self._tiles(_fraction(image, _SILVER))
-            visual = tiles * tokens
+            visual = left(tiles)
             kept = visual if keep == 1 else max(1, round(keep * visual))
             asked = math.floor((image + 1) * self.questions) - math.floor(image * self.questions)
             for _ in range(asked):

@@ -13,6 +13,7 @@ from jobs.estimation.job import CPU_KV
 from jobs.estimation.machine import Machine, fit_cpu, roofline, shares_of
 from jobs.estimation.schedule import Call, Engine, Row
 from jobs.report import STAGES, Stage
+from pipeline.model import tower_policy_of
 from pipeline.storage import Storage
 from trimming.costs import Costs, Look
 from trimming.engine.request import KeptSets
@@ -52,12 +53,15 @@ class Measured:
     prompt: float
     output: float
     keep: float
+    """Share of all visual tokens."""
     k_ratio: float | None
     """None where another policy ran."""
     longest: int
     batch_size: int
     kv_gib: float | None
     tower_tiles: TowerTiles
+    tower_policy: str | None
+    tower_keep: float | None
     kept_sets: KeptSets
     merged: bool
     """Whether what was kept is what was left once alike features were merged."""
@@ -69,6 +73,12 @@ class Measured:
         """Sequences of a decode step."""
         return self.decode_tokens / self.decode_steps
 
+    def of_left(self, costs: Costs) -> float:
+        """Share that was kept of what the tower left."""
+        policy = tower_policy_of(self.tower_policy, self.tower_keep)
+        left = sum(share * costs.tower_rows(tiles, policy)[-1] for tiles, share in self.tiles.items())
+        return min(1.0, self.keep * costs.tokens * sum(tiles * share for tiles, share in self.tiles.items()) / left)
+
     def calls(self, costs: Costs) -> list[Call]:
         """What the run did, through the cost model: towers and prefills as the scheduler would have called them for its rows,
         decode steps as many as it counted, each like its mean one."""
@@ -79,6 +89,7 @@ class Measured:
             max_sequences=max(1, self.peak_sequences),
             kept_sets=self.kept_sets,
             tower_tiles=self.tower_tiles,
+            tower_policy=tower_policy_of(self.tower_policy, self.tower_keep),
             encode_once=self.encode_once,
             merged=self.merged,
         )
@@ -92,7 +103,7 @@ class Measured:
         lengths = sum((row.output - 1) * (row.prompt + row.output / 2) for row in self.rows)
         kept = sum((row.output - 1) * row.kept for row in self.rows)
         batch = max(1, round(self.mean_batch))
-        shared = self.kept_sets == "image" or self.merged or self.keep == 1
+        shared = self.kept_sets == "image" or self.merged or self.of_left(costs) == 1
         sharing = min(batch, max(1, round(self.questions))) if shared else 1
         sets, rest = divmod(batch, sharing)
         looks = [Look(n, round(kept / steps), round(kept / steps)) for n in [sharing] * sets + [rest] * (rest > 0)]
@@ -152,6 +163,8 @@ def read(url: str, options: Mapping[str, Any]) -> Measured:
         batch_size=int(config["batch_size"]),
         kv_gib=config.get("kv_gib"),
         tower_tiles=config.get("tower_tiles", "all"),
+        tower_policy=config.get("tower_policy"),
+        tower_keep=config.get("tower_keep"),
         # Runs of before there was a choice kept a set a question.
         kept_sets=config.get("kept_sets", "question"),
         merged=run.policy == "clusters",

@@ -32,10 +32,12 @@ def _heading(report: Report) -> list[str]:
         f"{job['images']:,} images, {_short(job['questions'])} question{'s' if job['questions'] != 1 else ''} each"
         f"{origin['questions']}; {report['model']} on {report['gpus']} × {report['hardware']}{per}",
         f"tiles    {tiles}{origin['tiles']}"
-        + (", padding tiles left out of the tower" if job["tower_tiles"] == "real" else ""),
+        + {"real": ", padding tiles left out of the tower", "all": ", all of padding in the tower"}.get(job["tower_tiles"], ""),
         f"tokens   {_short(job['prompt'])} of prompt{origin['prompt_tokens']}, {_short(job['output'])} of answer"
         f"{origin['output_tokens']}, {job['longest']} at most{origin['max_new_tokens']}",
-        f"trimmed  {k_ratio}{report['keep']:.1%} of the features ({report['keep_from']})",
+        *_tower(job["tower_policy"]),
+        f"trimmed  {k_ratio}{report['keep']:.1%} of the features{' that the tower leaves' if job['tower_policy'] else ''} "
+        f"({report['keep_from']})",
         "kept     what is left of an image once its alike features are merged"
         if job["merged"]
         else f"kept     one set {'an image' if job['kept_sets'] == 'image' else 'a question'}{origin['kept_sets']}",
@@ -43,6 +45,12 @@ def _heading(report: Report) -> list[str]:
         f"memory   {size(report['weights_bytes'])} of weights, {size(report['kv_bytes'])} for keys and values",
         f"speed    {report['calibration']}" + _shares(report),
     ]
+
+
+def _tower(policy: Report | None) -> Iterator[str]:
+    if policy is not None:
+        left = f"{policy['keep']:.0%} of rows × layers, {policy['left']:.1%} of the features"
+        yield f"tower    trimmed: {policy['name']} leaves {left}"
 
 
 def _gpu(report: Report) -> Iterator[str]:

@@ -61,13 +61,15 @@ def predict(
     gpus_per_actor: int = 1,
     price: float | None = None,
 ) -> Prediction:
-    """``gpus`` are shared out between actors of ``gpus_per_actor`` each, of which one works at a time."""
+    """``keep`` is the share of what the job's tower leaves. ``gpus`` are shared out between actors of ``gpus_per_actor`` each,
+    of which one works at a time."""
     engine = Engine(
         costs=costs,
         kv_bytes=kv_bytes,
         max_sequences=job.batch_size,
         kept_sets=job.kept_sets,
         tower_tiles=job.tower_tiles,
+        tower_policy=job.tower_policy,
         encode_once=job.image_cache,
         merged=job.merged and keep < 1,
     )
@@ -77,7 +79,7 @@ def predict(
     seconds = sum(time.seconds for time in stages.values()) / 1000
     steps = [call.rows for call in calls if call.stage == "decode"]
     hours = job.images * seconds * gpus_per_actor / 3600
-    kept = job.mean_tiles * costs.tokens * keep / job.sharing(keep)
+    kept = sum(share * engine.left(tiles) for tiles, share in job.tiles.items()) * keep / job.sharing(keep)
     held = costs.kv_bytes(slot_tokens(max(1, round(job.prompt)) + job.longest), round(kept))
     return Prediction(
         keep=keep,
@@ -98,10 +100,10 @@ def predict(
 
 def steady(job: Job, engine: Engine, keep: float) -> list[Call]:
     """The calls of a job in its middle, when slots are full and rows are at all stages of their lives."""
-    few = job.rows(LEAST_ROWS, keep, engine.costs.tokens)
+    few = job.rows(LEAST_ROWS, keep, engine.left)
     running = max(1, max(engine.largest(row, job.sharing(keep)) for row in few))
     count = max(LEAST_ROWS, 2 * SPANS * running)
-    rows = job.rows(min(count, round(job.images * job.questions) or 1), keep, engine.costs.tokens)
+    rows = job.rows(min(count, round(job.images * job.questions) or 1), keep, engine.left)
     calls = list(engine.calls(rows))
     if len(rows) < count:
         # A job so small has no middle.

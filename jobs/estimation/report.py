@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jobs.estimation.machine import Machine
 from jobs.estimation.measured import Measured, read
 from jobs.estimation.predict import Prediction, predict
 from jobs.report import STAGES, Stage
+from pipeline.model import tower_policy_of
 from trimming.costs import Costs
 from trimming.engine.scheduler import PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, TOWER_IMAGES
 
@@ -58,7 +59,8 @@ def build(given: Mapping[str, Any]) -> Report:
         raise ValueError(f"prompt_tokens and max_new_tokens together are {length:g}, over the model's {most}")
     if given["merged"] and given["keep"] is None and not _was_merged(run):
         raise ValueError("merged=True needs --keep, the share of the features that is left once alike ones are merged")
-    keep, k_ratio, why = _keep(given, run, models.size_of(config))
+    of_run = 1.0 if run is None else run.of_left(Costs(models.config_of(run.model)))
+    keep, k_ratio, why = _keep(given, run, of_run, models.size_of(config))
     room = _room(given, run, place, costs, asked)
     dear: dict[str, Any] = {
         "kv_bytes": room,
@@ -66,7 +68,7 @@ def build(given: Mapping[str, Any]) -> Report:
         "gpus_per_actor": given["gpus_per_actor"],
         "price": given["price"],
     }
-    full = predict(asked, costs, place.machine, keep=1.0, **dear)
+    full = predict(replace(asked, tower_policy=None), costs, place.machine, keep=1.0, **dear)
     trimmed = predict(asked, costs, place.machine, keep=keep, **dear)
     gpu = place.gpu
     return {
@@ -79,7 +81,7 @@ def build(given: Mapping[str, Any]) -> Report:
         "price": given["price"],
         "weights_bytes": sum(costs.weights.values()),
         "kv_bytes": room,
-        "job": asdict(asked) | {"mean_tiles": asked.mean_tiles},
+        "job": asdict(asked) | {"mean_tiles": asked.mean_tiles, "tower_policy": _tower(asked, costs)},
         "job_from": said,
         "k_ratio": k_ratio,
         "keep": keep,
@@ -103,12 +105,21 @@ def build(given: Mapping[str, Any]) -> Report:
             "device": run.device,
             "busy": run.busy,
             "mean_batch": run.mean_batch,
-            "like": "full" if run.keep == 1 else "trimmed",
+            "like": "full" if of_run == 1 and run.tower_policy is None else "trimmed",
         },
         "full": _prediction(full),
         "trimmed": _prediction(trimmed),
         "errors": errors(),
     }
+
+
+def _tower(asked: Job, costs: Costs) -> Report | None:
+    """Which rows go on through the tower, and the share of the features that it leaves."""
+    policy = asked.tower_policy
+    if policy is None:
+        return None
+    left = sum(share * costs.tower_rows(tiles, policy)[-1] for tiles, share in asked.tiles.items())
+    return {"name": type(policy).__name__, "keep": policy.keep, "left": left / (asked.mean_tiles * costs.tokens)}
 
 
 def errors() -> dict[str, Any] | None:
@@ -201,6 +212,9 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
     if longest is None:
         said["max_new_tokens"] = "twice the mean"
         longest = max(2, round(2 * output))
+    tower = given["tower_policy"], given["tower_keep"]
+    if run is not None and tower == (None, None):
+        tower = run.tower_policy, run.tower_keep
     made = Job(
         images=int(given["images"]),
         questions=taken("questions", run and run.questions, 1),
@@ -209,7 +223,8 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
         output=output,
         longest=longest,
         batch_size=taken("batch_size", run and run.batch_size, 256),
-        tower_tiles=taken("tower_tiles", run and run.tower_tiles, "all"),
+        tower_tiles=taken("tower_tiles", run and run.tower_tiles, "pooled"),
+        tower_policy=tower_policy_of(*tower),
         image_cache=given["image_cache_gib"] > 0,
         kept_sets=taken("kept_sets", run and run.kept_sets, "image"),
         merged=given["merged"] or (given["k_ratio"] is None and _was_merged(run)),
@@ -222,13 +237,13 @@ def _was_merged(run: Measured | None) -> bool:
     return run is not None and run.merged and run.keep < 1
 
 
-def _keep(given: Mapping[str, Any], run: Measured | None, size: str | None) -> tuple[float, float | None, str]:
-    """The kept fraction, its K where there is one, and how it is known."""
+def _keep(given: Mapping[str, Any], run: Measured | None, of_run: float, size: str | None) -> tuple[float, float | None, str]:
+    """The kept share of what the tower leaves, its K where there is one, and how it is known. ``of_run``: the run's."""
     if given["keep"] is not None:
         return given["keep"], None, "stated"
-    if run is not None and run.keep < 1 and run.k_ratio is None and given["k_ratio"] is None:
-        return run.keep, None, "measured by the run"
-    learned = {run.k_ratio: run.keep} if run is not None and run.k_ratio is not None else {}
+    if run is not None and of_run < 1 and run.k_ratio is None and given["k_ratio"] is None:
+        return of_run, None, "measured by the run"
+    learned = {run.k_ratio: of_run} if run is not None and run.k_ratio is not None else {}
     k_ratio = given["k_ratio"] or next(iter(learned), DEFAULT_K)
     if k_ratio in learned:
         return learned[k_ratio], k_ratio, "measured by the run at this K"

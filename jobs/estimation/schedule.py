@@ -19,7 +19,7 @@ from trimming.costs import Cost, Costs, Look
 from trimming.engine.request import GROUP_ROWS, KeptSets, groups
 from trimming.engine.scheduler import PREFILL_SEQUENCES, PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, SLOT_GRAIN, TOWER_IMAGES
 from trimming.engine.sequence import ceil_to
-from trimming.tower import TowerTiles
+from trimming.tower import TowerPolicy, TowerTiles
 
 LEARNING, MARGIN = 0.2, 1.05
 """How fast the scheduler learns what rows keep, and how much more it expects."""
@@ -72,17 +72,22 @@ class Engine:
     kv_bytes: float
     max_sequences: int
     kept_sets: KeptSets
-    tower_tiles: TowerTiles = "all"
+    tower_tiles: TowerTiles = "pooled"
+    tower_policy: TowerPolicy | None = None
     encode_once: bool = True
     merged: bool = False
 
+    def left(self, tiles: int) -> int:
+        """Visual tokens that the tower leaves of an image of so many tiles."""
+        return self.costs.tower_rows(tiles, self.tower_policy)[-1]
+
     def there(self, row: Row) -> int:
         """Visual tokens of the row's image that there are for a layer to see."""
-        return row.kept if self.merged else row.tiles * self.costs.tokens
+        return row.kept if self.merged else self.left(row.tiles)
 
     def decided(self, row: Row) -> bool:
         """Whether what stays follows from the image alone."""
-        return self.merged or row.kept == row.tiles * self.costs.tokens
+        return self.merged or row.kept == self.left(row.tiles)
 
     def largest(self, row: Row, sharing: float) -> int:
         """Sequences like ``row`` that run at once; so many about one image share its kept set."""
@@ -186,7 +191,7 @@ class _Simulation:
         sharing = {key[1] or key[0] for key in self.sets}
         for party in self._parties():
             row, group = party[0]
-            features = row.tiles * costs.tokens
+            features = self.engine.left(row.tiles)
             tokens += sum(one.prompt for one, _ in party)
             visual += engine.there(row) * (not engine.decided(row) or row.image not in seen)
             seen.add(row.image)
@@ -210,7 +215,7 @@ class _Simulation:
         party[0][1].decided = True
 
     def _start(self, batch: Sequence[_Waiting]) -> Iterator[Call]:
-        costs, tokens = self.costs, self.costs.tokens
+        costs = self.costs
         yield from self._encode(batch)
         new = {self._owner(row, group): self.engine.there(row) for row, group in batch}
         later: Counter[int] = Counter()
@@ -218,7 +223,7 @@ class _Simulation:
         here = {image for image, _ in self.sets}
         for party in _parties(batch, started=True):
             row, group = party[0]
-            visual = row.tiles * tokens
+            visual = self.engine.left(row.tiles)
             key: _Set = (row.image, None if self.engine.decided(row) else group)
             fresh = not self.sets[key]
             if fresh:
@@ -262,10 +267,11 @@ class _Simulation:
                 if other.tiles == row.tiles and self._owner(other, its_group) not in self.encoded:
                     found.add(self._owner(other, its_group))
             self.encoded |= found
-            tower = self.costs.tower(row.tiles, len(found), self.engine.tower_tiles)
-            after = [self.costs.projector(row.tiles, len(found))]
+            policy = self.engine.tower_policy
+            tower = self.costs.tower(row.tiles, len(found), self.engine.tower_tiles, policy)
+            after = [self.costs.projector(row.tiles, len(found), policy)]
             if self.engine.merged:
-                after.append(self.costs.clustering(row.tiles, len(found)))
+                after.append(self.costs.clustering(row.tiles, len(found), policy))
             yield self._call("tower", len(found), tower, *after)
 
     # ---- decoding ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -69,16 +70,16 @@ class ImageCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._images: OrderedDict[tuple[str, Clustering | None], Encoded] = OrderedDict()
+        self._images: OrderedDict[tuple[str, Hashable], Encoded] = OrderedDict()
 
-    def get(self, key: str, clustering: Clustering | None = None) -> Encoded | None:
-        """The image, its features merged like this, or all there."""
-        if (key, clustering) in self._images:
-            self._images.move_to_end((key, clustering))
-        return self._images.get((key, clustering))
+    def get(self, key: str, how: Hashable = None) -> Encoded | None:
+        """The image, encoded like this."""
+        if (key, how) in self._images:
+            self._images.move_to_end((key, how))
+        return self._images.get((key, how))
 
-    def put(self, key: str, image: Encoded, clustering: Clustering | None = None) -> None:
-        self._images[key, clustering] = image
+    def put(self, key: str, image: Encoded, how: Hashable = None) -> None:
+        self._images[key, how] = image
         size = sum(image.bytes for image in self._images.values())
         while self._images and size > self.limit_bytes:
             size -= self._images.popitem(last=False)[1].bytes

@@ -275,8 +275,7 @@ class Engine:
         Raises ``RuntimeError`` while requests wait or run, which were submitted under another.
         """
         with self._arrived:
-            if self.waiting or self.decode.running:
-                raise RuntimeError("the policy can't change while requests wait or run")
+            self._check_idle()
             if policy.slices != self.policy.slices:
                 raise RuntimeError("a policy that slices keys needs an engine of its own")
             if policy.slices:
@@ -285,6 +284,18 @@ class Engine:
             self.decode.weigh(self.prefill.weighs)
             self._left = 1.0
             self._share = _first_guess(policy)
+
+    def use_tower(self, policy: TowerPolicy | None) -> None:
+        """``policy`` for every image from now on. Raises ``ValueError`` as the engine does, and ``RuntimeError`` as ``use``."""
+        with self._arrived:
+            self._check_idle()
+            self.tower = self.prefill.tower = self.tower.under(policy)
+            self.decode.weigh(self.prefill.weighs)
+            self._left = 1.0
+
+    def _check_idle(self) -> None:
+        if self.waiting or self.decode.running:
+            raise RuntimeError("the policy can't change while requests wait or run")
 
     def wake(self) -> None:
         """Lets ``serve`` look at its ``stop``."""
@@ -637,7 +648,7 @@ class Engine:
         self.statistics.images_encoded += 0 if whole else len(together)
         for (owner, image), one in zip(together, encoded, strict=True):
             if self.images.limit_bytes:
-                self.images.put(image.key, one, self.policy.clustering)
+                self.images.put(image.key, one, (self.tower.policy, self.policy.clustering))
             owner.encoded.append(one)
             self.statistics.image_hits += owner.waiting - (0 if whole else 1)
             self._left += 0.2 * (one.real(self.tower.tokens) / (one.tiles * self.tower.tokens) - self._left)
@@ -645,7 +656,7 @@ class Engine:
 
     def _cached(self, image: Image, clustering: Clustering | None) -> Encoded | None:
         """The image from the cache, merged like this or with all of its features, where it has all that the policy looks at."""
-        found = self.images.get(image.key, clustering) if self.images.limit_bytes else None
+        found = self.images.get(image.key, (self.tower.policy, clustering)) if self.images.limit_bytes else None
         lacks = found is not None and found.class_attention is None and "class_attention" in self.policy.looks_at
         return None if lacks else found
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -83,6 +84,7 @@ class Tower:
         keep_padding: bool = False,
     ) -> None:
         check_padding(tower_tiles, policy, keep_padding)
+        self._model = model
         self.vision: Any = model.model.vision_model
         self.projector: Any = model.model.multi_modal_projector
         self.normalise, self.tower_tiles, self.keep_padding = normalise, tower_tiles, keep_padding
@@ -94,7 +96,11 @@ class Tower:
         self._local = len(self.vision.transformer.layers)
         self.plan(1)
 
-    def plan(self, tiles: int) -> list[int]:
+    def under(self, policy: TowerPolicy | None) -> Tower:
+        """The same tower under another policy."""
+        return Tower(self._model, self.normalise, self.tower_tiles, policy, self.keep_padding)
+
+    def plan(self, tiles: int) -> tuple[int, ...]:
         """Rows of the real tiles that enter each layer, and that are left behind the last one."""
         return tower_plan(self.policy, tiles, self.tokens, self._local, len(self._layers) - self._local)
 
@@ -187,11 +193,12 @@ def check_padding(tower_tiles: TowerTiles, policy: TowerPolicy | None, keep_padd
         )
 
 
-def tower_plan(policy: TowerPolicy | None, tiles: int, tokens: int, layers: int, global_layers: int) -> list[int]:
+@cache
+def tower_plan(policy: TowerPolicy | None, tiles: int, tokens: int, layers: int, global_layers: int) -> tuple[int, ...]:
     """See ``Tower.plan``: of an image of ``tiles`` real tiles of ``tokens`` each. Raises as ``TowerPolicy.plan`` does."""
     if policy is None or policy.keep == 1:
-        return [tiles * tokens] * (layers + global_layers + 1)
-    return policy.plan(tiles, tokens, layers, global_layers)
+        return (tiles * tokens,) * (layers + global_layers + 1)
+    return tuple(policy.plan(tiles, tokens, layers, global_layers))
 
 
 def _patches(convolution: Any, pixels: Tensor) -> Tensor:
