@@ -1,8 +1,9 @@
 """Draw which visual features stay: ``python -m demo.picture --output demo/results/kept-features.png``.
 
 One row a held-out scene (by default the first of each tile count): the scene as it is, then with the patches veiled that
-TrimmedLlama drops at each K, then with what Clusters merges in one colour; the model's caption under each. ``--broken N`` draws
-the first scenes whose caption is exact with all features and not with what the last likeness leaves.
+TrimmedLlama drops at each K, then with what Clusters merges in one colour, and what merges inside the tower; the model's
+caption under each. ``--broken N`` draws the first scenes whose caption is exact with all features and not with what the last
+likeness leaves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,8 @@ from jobs.comparison.overlay import Geometry
 
 if TYPE_CHECKING:
     from demo.answerer import Answered, Answerer
+    from trimming import Policy
+    from trimming.tower import TowerPolicy
 
 PANEL, GAP, LINE = 330, 18, 19
 INK, PAPER, FAULT = (40, 40, 40), (255, 255, 255), (190, 30, 30)
@@ -38,14 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--broken", type=int, metavar="N", help="in their place: scenes whose caption merging breaks")
     parser.add_argument("--k-ratio", type=float, nargs="*", metavar="K", default=[0.25, 0.05])
     parser.add_argument("--likeness", type=float, nargs="+", metavar="L", default=[0.9])
+    parser.add_argument("--tower-keep", type=float, nargs="*", metavar="T", default=[0.5])
     options = parser.parse_args(arguments)
-    for name, given in (("k-ratio", options.k_ratio), ("likeness", options.likeness)):
+    for name in ("k-ratio", "likeness", "tower-keep"):
+        given = getattr(options, name.replace("-", "_"))
         if not all(0 < each <= 1 for each in given):
             parser.error(f"--{name} {' '.join(map(str, given))}: give numbers above 0 and at most 1")
     if options.broken is not None and options.broken < 1:
         parser.error(f"--broken {options.broken}: give 1 or more")
 
     from demo.answerer import Answerer
+    from trimming import Clusters, KeepAll, TrimmedLlama
+    from trimming.tower import Alike
 
     style = STYLES[options.style]
     answerer = Answerer(options.model or MODELS[style.name])
@@ -56,7 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     else:
         chosen = options.scenes or first_of_each_tile_count(answerer, style)
-    rows = [strip(answerer, style, index, options.k_ratio, options.likeness) for index in chosen]
+    ways = [
+        *(Way(f"K = {k:g}", TrimmedLlama(k_ratio=k)) for k in options.k_ratio),
+        *(Way(f"merged at likeness {likeness:g}", Clusters(likeness=likeness)) for likeness in options.likeness),
+        *(Way(f"merged in the tower, {keep:g} of it left", KeepAll(), Alike(keep)) for keep in options.tower_keep),
+    ]
+    rows = [strip(answerer, style, index, ways) for index in chosen]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     stacked(rows).save(options.output, optimize=True)
     print(options.output)
@@ -84,9 +97,18 @@ def broken(answerer: Answerer, style: Style, likeness: float) -> Iterator[int]:
             yield index
 
 
-def strip(answerer: Answerer, style: Style, index: int, k_ratios: Iterable[float], likenesses: Iterable[float]) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to keep less."""
+
+    title: str
+    policy: Policy
+    tower: TowerPolicy | None = None
+
+
+def strip(answerer: Answerer, style: Style, index: int, ways: Iterable[Way]) -> Image.Image:
     """One scene's row: its panels side by side."""
-    from trimming import Clusters, KeepAll, TrimmedLlama
+    from trimming import KeepAll
 
     geometry = Geometry.of(answerer.model.config.to_dict())
     (row,) = next(islice(shards.scene_rows("test", index + 1, ("caption",), style), index, None))
@@ -96,17 +118,15 @@ def strip(answerer: Answerer, style: Style, index: int, k_ratios: Iterable[float
     tiles = grid[0] * grid[1]
     title = f"{image.width} by {image.height} pixels, {tiles} tile{'s' if tiles > 1 else ''}: {row.question}"
     panels = [panel(image, title, full)]
-    for k in k_ratios:
-        (answered,) = answerer.answer(answerer.engine(TrimmedLlama(k_ratio=k)), [row])
-        veiled = geometry.veil(enlarged(image), image.size, answered.said.kept, grid)
-        panels.append(panel(veiled, f"K = {k:g}: {answered.said.keep_fraction:.0%} of the features kept", answered))
-    for likeness in likenesses:
-        (answered,) = answerer.answer(answerer.engine(Clusters(likeness=likeness)), [row])
-        merged, into = enlarged(image), answered.said.merged_into
-        if into is not None:
-            merged = geometry.regions(merged, image.size, into.tolist(), grid)
-        left = f"{answered.said.kept_visual_tokens} features, {answered.said.keep_fraction:.0%}"
-        panels.append(panel(merged, f"merged at likeness {likeness:g}: {left}", answered))
+    for way in ways:
+        (answered,) = answerer.answer(answerer.engine(way.policy, tower_policy=way.tower), [row])
+        said = answered.said
+        left = f"{said.kept_visual_tokens} features, {said.keep_fraction:.0%}"
+        if said.merged_into is None:
+            shown = geometry.veil(enlarged(image), image.size, said.kept, grid)
+        else:
+            shown = geometry.regions(enlarged(image), image.size, said.merged_into.tolist(), grid)
+        panels.append(panel(shown, f"{way.title}: {left}", answered))
     out = Image.new("RGB", (len(panels) * (PANEL + GAP) + GAP, max(p.height for p in panels)), PAPER)
     for place, each in enumerate(panels):
         out.paste(each, (GAP + place * (PANEL + GAP), 0))

@@ -1,11 +1,12 @@
 """Measure accuracy and held cache, full and trimmed: ``python -m demo.table --output demo/results``.
 
 Over easy-VQA's whole test split, held-out scenes, and held-out scenes over photographs with the second model: the full model;
-the full model with padding tiles left out of its vision tower; ``TrimmedLlama`` at five K, with one kept set an image and with
-one a question; at three of these K ``Random`` and ``Grid`` at the mean kept fraction that TrimmedLlama by image was just
-measured to have on that data set; and ``Clusters`` at a tenth of the features and at three likenesses. All of it goes through
-the engine that the jobs run. Writes ``accuracy.json`` after every configuration and continues from it, and ``accuracy.md`` at
-the end.
+the full model with padding tiles pooled and left out of its vision tower; ``TrimmedLlama`` at five K, with one kept set an
+image and with one a question; at three of these K ``Random`` and ``Grid`` at the mean kept fraction that TrimmedLlama by image
+was just measured to have on that data set; ``Clusters`` at a tenth of the features and at three likenesses; and rows that merge
+inside the tower (``Alike``), alone and with clusters behind. All of it goes through the engine that the jobs run, with padding
+tiles pooled where nothing else is said. Writes ``accuracy.json`` after every configuration and continues from it, and
+``accuracy.md`` at the end.
 """
 
 from __future__ import annotations
@@ -34,18 +35,23 @@ if TYPE_CHECKING:
     from pipeline.engine import Engine
     from trimming import Policy
     from trimming.engine import KeptSets
-    from trimming.tower import TowerTiles
+    from trimming.tower import TowerPolicy, TowerTiles
 
 ROOT = Path(__file__).resolve().parent.parent
 K_RATIOS = (0.4, 0.25, 0.15, 0.1, 0.05)
 LIKENESSES = (0.9, 0.8, 0.7)
 """Of clusters; beside them a share of each image's features, whatever the image:"""
 SHARE = 0.1
+TOWER_KEEPS = (0.53, 0.45)
+"""Shares of the tower's rows × layers that are left where rows merge; with the first also this share of the features behind:"""
+TOWER_SHARE = 0.4
 CONTROLLED = (0.25, 0.15, 0.05)
 """The K with controls, which are shown by kind of question."""
 WEAK = 0.80
 """A kind answered less often than this is named."""
 PROGRESS_ROWS = 64
+TEXT_DIGITS = 6
+"""Of a digest, to tell texts apart."""
 ELSEWHERE = {Path("engine/cuda.py"), Path("engine/triton_attention.py")}
 """Modules of ``trimming`` that only a GPU runs."""
 ONLY_SETS = {f"trimmed-llama {k}" for k in K_RATIOS if k not in CONTROLLED} | {f"by-question {k}" for k in K_RATIOS}
@@ -103,9 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = report["sets"][name]["results"]
         for label in labels():
             if label not in results:
-                engine = answerer.engine(policy_of(label, results), tower_tiles_of(label), kept_sets_of(label))
+                tower = tower_tiles_of(label), kept_sets_of(label), tower_policy_of(label)
+                engine = answerer.engine(policy_of(label, results), *tower)
                 results[label] = measure(answerer, engine, rows, f"{name}, {label}")
                 results[label]["lost"] = lost(rows, results["full"], results[label])
+                results[label]["same_texts"] = same_texts(results["full"], results[label])
+                if label != "full":
+                    del results[label]["texts"]
                 write(file, json.dumps(report, indent=1) + "\n")
     write(options.output / "accuracy.md", markdown(report))
     print(markdown(report))
@@ -116,16 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def labels() -> Iterator[str]:
-    """What is measured: everything kept, exactly and by the tower's approximation; for each K the method with one kept set an
+    """What is measured: everything kept, exactly and by the tower's approximations; for each K the method with one kept set an
     image and with one a question, and the controls, named after the K whose kept fraction they match; clusters by share and by
-    likeness."""
-    yield from ("full", "real-tiles")
+    likeness; and rows that merge inside the tower."""
+    yield from ("full", "pooled", "real-tiles")
     for k in K_RATIOS:
         yield from (f"trimmed-llama {k}", f"by-question {k}")
         if k in CONTROLLED:
             yield from (f"random {k}", f"grid {k}")
     yield f"share {SHARE}"
     yield from (f"clusters {likeness}" for likeness in LIKENESSES)
+    yield from (f"tower {keep}" for keep in TOWER_KEEPS)
+    yield f"tower-and-share {TOWER_KEEPS[0]}"
 
 
 def policy_of(label: str, results: dict[str, Result]) -> Policy:
@@ -133,8 +145,10 @@ def policy_of(label: str, results: dict[str, Result]) -> Policy:
     from trimming import Clusters, Grid, KeepAll, Random, TrimmedLlama
 
     name, _, k = label.partition(" ")
-    if name in ("full", "real-tiles"):
+    if name in ("full", "pooled", "real-tiles", "tower"):
         return KeepAll()
+    if name == "tower-and-share":
+        return Clusters(keep=TOWER_SHARE)
     if name in ("trimmed-llama", "by-question"):
         return TrimmedLlama(k_ratio=float(k))
     if name == "share":
@@ -146,7 +160,15 @@ def policy_of(label: str, results: dict[str, Result]) -> Policy:
 
 
 def tower_tiles_of(label: str) -> TowerTiles:
-    return "real" if label == "real-tiles" else "all"
+    ways: dict[str, TowerTiles] = {"full": "all", "real-tiles": "real"}
+    return ways.get(label, "pooled")
+
+
+def tower_policy_of(label: str) -> TowerPolicy | None:
+    from trimming.tower import Alike
+
+    name, _, keep = label.partition(" ")
+    return Alike(float(keep)) if name in ("tower", "tower-and-share") else None
 
 
 def kept_sets_of(label: str) -> KeptSets:
@@ -161,12 +183,13 @@ def measure(answerer: Answerer, engine: Engine, rows: list[shards.Row], title: s
     engine.batch.reset_statistics()
     kinds: Counts = defaultdict(lambda: {"rows": 0, "right": 0})
     tiles: Counts = defaultdict(lambda: {"rows": 0, "right": 0})
-    right, kept, began = [], 0.0, time.monotonic()
+    right, texts, kept, began = [], [], 0.0, time.monotonic()
     for done, answered in enumerate(answerer.answer(engine, rows), 1):
         for counts in (kinds[answered.row.kind], tiles[str(answered.tiles)]):
             counts["rows"] += 1
             counts["right"] += answered.right
         right.append(answered.right)
+        texts.append(hashlib.sha256(answered.said.text.encode()).hexdigest()[:TEXT_DIGITS])
         kept += answered.said.keep_fraction or 0.0
         if done % PROGRESS_ROWS == 0:
             print(f"\r{title}: {done:,} of {len(rows):,}", end="", file=sys.stderr, flush=True)
@@ -176,6 +199,7 @@ def measure(answerer: Answerer, engine: Engine, rows: list[shards.Row], title: s
     statistics = engine.batch.statistics
     return {
         "policy": repr(engine.batch.policy),
+        "tower": f"{engine.batch.tower.tower_tiles}, {engine.batch.tower.policy}",
         "kept_sets": engine.batch.kept_sets,
         "rows": len(rows),
         "accuracy": round(accuracy, 4),
@@ -191,7 +215,14 @@ def measure(answerer: Answerer, engine: Engine, rows: list[shards.Row], title: s
         "kinds": dict(sorted(kinds.items())),
         "tiles": dict(sorted(tiles.items())),
         "right": np.packbits(right).tobytes().hex(),
+        "texts": "".join(texts),
     }
+
+
+def same_texts(full: Result, result: Result) -> float:
+    """The share of rows whose text is, to the letter, that of ``full``."""
+    before, after = (np.frombuffer(one["texts"].encode(), f"S{TEXT_DIGITS}") for one in (full, result))
+    return round(float((before == after).mean()), 5)
 
 
 def lost(rows: Sequence[shards.Row], full: Result, result: Result) -> Result:
@@ -217,6 +248,8 @@ def identity(model: Path, rows: int) -> Result:
         "k_ratios": list(K_RATIOS),
         "likenesses": list(LIKENESSES),
         "share": SHARE,
+        "tower_keeps": list(TOWER_KEEPS),
+        "tower_share": TOWER_SHARE,
     }
 
 
@@ -291,8 +324,12 @@ def markdown(report: Result) -> str:
         "full's. One pass each, one after the other: a drift of the machine's speed is in byte-seconds (full and real tiles "
         "hold nearly the same); seconds beside each other are `make bench`'s.",
         "",
-        "real tiles: everything kept. An approximation: padding tiles are left out of the vision tower, which was trained with "
-        f"them; an image of four tiles has none. {' '.join(map(tower, sets, sets.values()))}",
+        "full: all rows of padding tiles go through the vision tower, as it was trained; pooled: a few rows stand for each, as "
+        "in all other columns; real tiles: they are left out. An image of four tiles has none. tower: rows of real tiles that "
+        "are alike merge on their way, and this share of rows × layers is left; then clusters of what is left. The tower's "
+        "seconds:",
+        "",
+        *tower_seconds(sets),
     ]
     for name, one in report["sets"].items():
         listed = "; ".join(f"{key} {value}" for key, value in one["conditions"].items())
@@ -337,6 +374,7 @@ def accuracy_table(results: dict[str, Result]) -> list[str]:
             lines.append(row([f"on images of {count(tiles, 'tile')}", f"{counts['rows']:,}", *shares]))
     lines.append(row(["**all**", f"{full['rows']:,}", *(f"**{percent(r['accuracy'])}**" for r in results.values())]))
     lines.append(row(["lost", "", "", *(interval(r["lost"]) for label, r in results.items() if label != "full")]))
+    lines.append(row(["texts as full's", "", *(percent(r["same_texts"]) for r in results.values())]))
     lines.append(row(["features kept", "", *(percent(result["keep_fraction"]) for result in results.values())]))
     return lines + [row([title, "", *(times(of(r), of(full)) for r in results.values())]) for title, of in COSTS.items()]
 
@@ -363,7 +401,13 @@ COSTS: dict[str, Callable[[Result], float]] = {
 
 def heading(label: str) -> str:
     name, _, k = label.partition(" ")
-    named = {"trimmed-llama": f"K = {k}", "clusters": label, "share": f"clusters, {SHARE:.0%}"}
+    named = {
+        "trimmed-llama": f"K = {k}",
+        "clusters": label,
+        "share": f"clusters, {SHARE:.0%}",
+        "tower": f"tower at {k}",
+        "tower-and-share": f"tower at {k}, clusters of {TOWER_SHARE:.0%} of it",
+    }
     return named.get(name, name.replace("-", " "))
 
 
@@ -377,12 +421,16 @@ def times(value: float, base: float) -> str:
     return f"{value / base:.2f} ×" if base else "-"
 
 
-def tower(name: str, results: dict[str, Result]) -> str:
-    """What real tiles save, and on which images."""
-    full, real = results["full"], results["real-tiles"]
-    tiles = ", ".join(f"{counts['rows']:,} on {count(tiles, 'tile')}" for tiles, counts in full["tiles"].items())
-    seconds = f"{full['tower_seconds']} s for its {full['images_encoded']:,} images, {real['tower_seconds']} s with real tiles"
-    return f"{name} ({tiles}): the tower takes {seconds}."
+def tower_seconds(sets: dict[str, dict[str, Result]]) -> list[str]:
+    """A line a set: what the tower takes for its images, and how many tiles these have."""
+    shown = ["full", "pooled", "real-tiles", *(f"tower {keep}" for keep in TOWER_KEEPS)]
+    lines = [row(["", "questions by tiles", "images", *map(heading, shown)]), row(["---", "---", *["---:"] * (len(shown) + 1)])]
+    for name, results in sets.items():
+        full = results["full"]
+        tiles = ", ".join(f"{counts['rows']:,} on {count(tiles, 'tile')}" for tiles, counts in full["tiles"].items())
+        seconds = [f"{results[label]['tower_seconds']:.1f}" for label in shown]
+        lines.append(row([name, tiles, f"{full['images_encoded']:,}", *seconds]))
+    return lines
 
 
 def count(number: str, thing: str) -> str:

@@ -51,6 +51,8 @@ def run(
         "policy": policy,
         "options": options,
         "max_tiles": tiles,
+        "tower": None,
+        "tower_kept": 1.0,
         "kept_sets": None if policy == "none" else "image",
         "model": "meta-llama/Llama-3.2-11B-Vision-Instruct",
         "identity": "9eb2daaa8597bf19",

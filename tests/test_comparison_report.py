@@ -205,6 +205,19 @@ def test_each_policy_stands_beside_fewer_tiles_at_equal_kv(tmp_path: Path) -> No
     assert found[1]["difference"]["value"] == 0
 
 
+def test_what_the_tower_was_left_with_is_told(tmp_path: Path) -> None:
+    answers = ["yes"] * 12
+    write_run(tmp_path / "full", rows(answers, answers, tiles=4))
+    write_run(tmp_path / "one", rows(answers, answers, tiles=1), config={"max_tiles": 1})
+    less = rows(answers, answers, tiles=4, keep_fraction=0.25, tower_keep_fraction=0.5)
+    write_run(tmp_path / "tower", less, config={"tower_policy": "alike", "tower_keep": 0.5})
+    found = build(tmp_path, "full", "one", "tower")
+    assert [run["tower"] for run in found["runs"]] == [None, None, "alike 0.5"]
+    assert [run["tower_kept"] for run in found["runs"]] == [1.0, 1.0, 0.5]
+    # It holds less, and so stands beside fewer tiles though no policy is behind it.
+    assert [(one["run"], one["tiles_run"], one["ratio"]) for one in found["equal_kv"]] == [("tower", "one", 1.0)]
+
+
 def test_nearest_is_meant_by_the_ratio_of_bytes(tmp_path: Path) -> None:
     # 9 tokens of 16: nearer to 4 in tokens, and to 16 as a ratio.
     for name, tiles in (("full", 4), ("one", 1), ("four", 4)):

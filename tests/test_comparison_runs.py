@@ -86,6 +86,8 @@ def test_names_say_what_is_compared(tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in ("k=0.25", "tiles", "again")]
     found = read_runs([f"mine={folders[0]}", *folders[1:]], str(tmp_path / "full"), {})
     assert [run.name for run in found] == ["none (full)", "mine", "none max_tiles=1", "none (again)"]
+    write_run(tmp_path / "tower", rows("a"), config={"tower_policy": "alike"})
+    assert read_runs([str(tmp_path / "tower")], folders[1], {})[1].name == "none tower_policy=alike tower_keep=0.5"
     # A path with an equals sign is no name.
     found = read_runs([folders[0], folders[1]], folders[1] + "/", {})
     assert [run.name for run in found] == ["none max_tiles=1", "trimmed-llama k_ratio=0.25"]

@@ -15,6 +15,7 @@ from demo.shards import EASY_VQA_QUESTIONS, Row
 from pipeline.engine import Answer
 from trimming import Clusters, Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.engine import Statistics
+from trimming.tower import TowerPolicy
 
 RESULTS = table.ROOT / "demo/results"
 ANEW = "`make demo-table` measures anew what lies in demo/results (half an hour)"
@@ -40,8 +41,8 @@ class FakeAnswerer:
     def __init__(self, _: Path) -> None:
         FakeAnswerer.calls = []
 
-    def engine(self, policy: Policy, tower_tiles: str, kept_sets: str) -> Any:
-        FakeAnswerer.calls.append(f"{policy!r}, {tower_tiles} tiles, by {kept_sets}")
+    def engine(self, policy: Policy, tower_tiles: str, kept_sets: str, tower_policy: TowerPolicy | None) -> Any:
+        FakeAnswerer.calls.append(f"{policy!r}, {tower_tiles} tiles, by {kept_sets}, {tower_policy}")
         if FakeAnswerer.fail_at and FakeAnswerer.fail_at in repr(policy):
             raise KeyboardInterrupt
         return SimpleNamespace(batch=FakeBatch(policy, kept_sets, 3.0 if tower_tiles == "real" else 12.0))
@@ -60,6 +61,7 @@ class FakeAnswerer:
                 visual_tokens=64,
                 kept_visual_tokens=kept,
                 keep_fraction=kept / 64,
+                tower_keep_fraction=1.0,
                 cross_kv_bytes_full=64,
                 cross_kv_bytes=kept,
                 self_kv_bytes=1,

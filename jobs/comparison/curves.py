@@ -110,7 +110,10 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
     if comparison is not None:
         # Where a run trims and has fewer tiles too, the policy is its series and its whole name its label.
         option, value = next(iter(run["options"].items()), ("", None))
-        if run["policy"] == "none":
+        if run["policy"] == "none" and run["tower"] and not run["max_tiles"]:
+            policy, share = run["tower"].split()
+            series, label, order = f"tower {policy}", f"tower {share}", float(share)
+        elif run["policy"] == "none":
             series, label, order = (
                 "fewer tiles",
                 f"{run['max_tiles']} tiles" if run["max_tiles"] else run["name"],
@@ -128,6 +131,8 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
                 series += ", kept_sets=question"
             if run["max_tiles"]:
                 series += f", max_tiles={run['max_tiles']}"
+            if run["tower"]:
+                series += f", tower {run['tower']}"
     return _Point(run["name"], series, short(label), order, x, y, low, high)
 
 

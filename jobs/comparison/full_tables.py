@@ -120,7 +120,9 @@ def kept(report: Report) -> Table:
     return make(
         "kept",
         "Share of the visual features kept, over rows with an image",
-        {"run": name_of(report)} | {_percentile(key): _kept(key) for key in ("mean", "std", "p5", "p50", "p95")},
+        {"run": name_of(report)}
+        | {_percentile(key): _kept(key) for key in ("mean", "std", "p5", "p50", "p95")}
+        | {"tower's rows × layers": lambda run: known(run["tower_kept"], share)},
         [run for run in report["runs"] if run["kept"]],
     )
 

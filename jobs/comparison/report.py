@@ -95,6 +95,7 @@ def describe(run: Run, price: prices.Price | None, reference: str | None) -> dic
         "policy": run.policy,
         "options": run.options,
         "max_tiles": run.max_tiles,
+        "tower": run.tower,
         "kept_sets": run.kept_sets,
         "model": run.record["checkpoint"]["source"],
         "identity": run.record["checkpoint"]["identity"],
@@ -112,6 +113,7 @@ def describe(run: Run, price: prices.Price | None, reference: str | None) -> dic
         "questions_per_image": spread.questions_per_image(),
         "peaks": costs.peaks(run),
         "kept": spread.kept(),
+        "tower_kept": stats.get("mean_tower_keep_fraction"),
         "held": costs.held(run),
         "row_kv": costs.row_kv(run),
         "stages": costs.stages(run),
@@ -122,9 +124,10 @@ def describe(run: Run, price: prices.Price | None, reference: str | None) -> dic
 def equal_kv(
     runs: Sequence[Run], described: Sequence[Mapping[str, Any]], columns: Mapping[str, str | None]
 ) -> list[dict[str, Any]]:
-    """Each run with a policy beside the cheap alternative: the run that keeps everything of fewer tiles and is nearest to it in
-    what it held, byte-seconds of cross-attention KV per answered row, by their ratio. Where a run did not count that, or
-    machines of another kind take other seconds, rows' own caches stand in (``by`` is ``row_kv`` then, else ``held``).
+    """Each run with a policy, in the tower or behind it, beside the cheap alternative: the run that keeps everything of fewer
+    tiles and is nearest to it in what it held, byte-seconds of cross-attention KV per answered row, by their ratio. Where a
+    run did not count that, or machines of another kind take other seconds, rows' own caches stand in (``by`` is ``row_kv``
+    then, else ``held``).
 
     What is compared is the VQA accuracy where rows have several references, else the accuracy where there are any; without
     references, how far the texts agree with the baseline's, as chrF for captions and exactly for answers. A pair of which one
@@ -133,10 +136,11 @@ def equal_kv(
     baseline = runs[0]
     held = {its["name"]: its["held"]["byte_seconds_per_row"] for its in described}
     row_kv = {its["name"]: its["row_kv"]["cross_per_row"] for its in described}
-    fewer = [run for run in runs if run.policy == "none" and run.max_tiles is not None and row_kv[run.name]]
+    whole = [run for run in runs if run.policy == "none" and run.tower is None]
+    fewer = [run for run in whole if run.max_tiles is not None and row_kv[run.name]]
     found = []
     for run in runs:
-        if run.policy == "none" or not fewer or not row_kv[run.name]:
+        if run in whole or not fewer or not row_kv[run.name]:
             continue
         counted = all(held[one.name] and one.hardware == run.hardware for one in (run, *fewer))
         amounts = held if counted else row_kv

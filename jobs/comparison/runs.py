@@ -24,7 +24,7 @@ CHUNK_ROWS = 65_536
 _READERS = 8
 _RUN = re.compile(r"run(-\d+-of-(\d+))?\.json")
 # What is compared belongs to the name, what is the same in both runs does not.
-_NAMED = ("max_tiles", "key_channels", "kept_sets")
+_NAMED = ("max_tiles", "key_channels", "kept_sets", "tower_policy", "tower_keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,12 @@ class Run:
         """Whether rows about one image shared what they kept (``image``) or each kept its own; None without a policy."""
         # Before there was a choice, each row kept its own.
         return None if self.policy == "none" else str(self.config.get("kept_sets", "question"))
+
+    @property
+    def tower(self) -> str | None:
+        """Which rows went on through the tower, and the share that was left of it, as in ``alike 0.5``; None for all."""
+        policy = self.config.get("tower_policy")
+        return None if policy is None else f"{policy} {self.config['tower_keep']:g}"
 
     @property
     def options(self) -> dict[str, float]:
