@@ -9,26 +9,29 @@ import pytest
 
 from demo import MODEL
 from demo.answerer import Answerer
-from demo.picture import GAP, PANEL, broken, first_of_each_tile_count, main, strip
+from demo.picture import GAP, PANEL, Way, broken, first_of_each_tile_count, main, strip
 from demo.scenes import FLAT
 from demo.shards import scene_rows
-from trimming import Clusters, KeepAll
+from trimming import Clusters, KeepAll, TrimmedLlama
+from trimming.tower import Alike
 
 
 def test_a_scene_becomes_a_row_of_panels_that_veil_more_and_more_and_one_of_regions() -> None:
     answerer = Answerer(MODEL)
     index = first_of_each_tile_count(answerer, FLAT)[1]
-    row = np.array(strip(answerer, FLAT, index, [0.25, 0.05], [0.9]))
-    assert row.shape[1] == 4 * (PANEL + GAP) + GAP
-    panels = [row[:, GAP + i * (PANEL + GAP) :][:, :PANEL] for i in range(4)]
+    ways = [Way("half", TrimmedLlama(0.25)), Way("less", TrimmedLlama(0.05)), Way("like", Clusters(likeness=0.9))]
+    ways.append(Way("in the tower", KeepAll(), Alike(0.5)))
+    row = np.array(strip(answerer, FLAT, index, ways))
+    assert row.shape[1] == 5 * (PANEL + GAP) + GAP
+    panels = [row[:, GAP + i * (PANEL + GAP) :][:, :PANEL] for i in range(5)]
     veiled = [int((panel.max(-1) < 130).sum()) for panel in panels[:3]]
     assert veiled == sorted(veiled)
     assert veiled[0] < veiled[2]
     # Regions are coloured, the scene's paper is grey.
     coloured = [int((np.ptp(panel, -1) > 60).sum()) for panel in panels]
-    assert coloured[3] > 2 * coloured[0]
+    assert min(coloured[3:]) > 2 * coloured[0]
     # Where nothing is merged, the scene is as it is.
-    whole = np.array(strip(answerer, FLAT, index, [], [1.0]))[:, GAP + PANEL + GAP :]
+    whole = np.array(strip(answerer, FLAT, index, [Way("all", Clusters(likeness=1.0))]))[:, GAP + PANEL + GAP :]
     assert int((np.ptp(whole, -1) > 60).sum()) < 1.2 * coloured[0]
 
 

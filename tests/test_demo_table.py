@@ -15,7 +15,7 @@ from demo.shards import EASY_VQA_QUESTIONS, Row
 from pipeline.engine import Answer
 from trimming import Clusters, Grid, KeepAll, Policy, Random, TrimmedLlama
 from trimming.engine import Statistics
-from trimming.tower import TowerPolicy
+from trimming.tower import Alike, TowerPolicy
 
 RESULTS = table.ROOT / "demo/results"
 ANEW = "`make demo-table` measures anew what lies in demo/results (half an hour)"
@@ -24,6 +24,7 @@ ANEW = "`make demo-table` measures anew what lies in demo/results (half an hour)
 class FakeBatch:
     def __init__(self, policy: Policy, kept_sets: str, tower: float) -> None:
         self.policy, self.kept_sets, self.statistics, self.seconds = policy, kept_sets, Statistics(), {"tower": tower}
+        self.tower = SimpleNamespace(tower_tiles="pooled", policy=None)
 
     def reset_statistics(self) -> None:
         share = 4 if isinstance(self.policy, KeepAll) else 3 if self.kept_sets == "question" else 2
@@ -85,17 +86,21 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_each_k_has_both_kinds_of_kept_sets_and_three_have_controls() -> None:
     labels = list(table.labels())
-    assert labels[:6] == [
+    assert labels[:7] == [
         "full",
+        "pooled",
         "real-tiles",
         "trimmed-llama 0.4",
         "by-question 0.4",
         "trimmed-llama 0.25",
         "by-question 0.25",
     ]
-    assert labels[6:8] == ["random 0.25", "grid 0.25"]
-    assert labels[18:] == ["share 0.1", "clusters 0.9", "clusters 0.8", "clusters 0.7"]
-    assert [label for label in labels if table.tower_tiles_of(label) == "real"] == ["real-tiles"]
+    assert labels[7:9] == ["random 0.25", "grid 0.25"]
+    assert labels[19:23] == ["share 0.1", "clusters 0.9", "clusters 0.8", "clusters 0.7"]
+    assert labels[23:] == ["tower 0.53", "tower 0.45", "tower-and-share 0.53"]
+    assert [label for label in labels if table.tower_tiles_of(label) != "pooled"] == ["full", "real-tiles"]
+    assert [label for label in labels if table.tower_policy_of(label)] == labels[23:]
+    assert table.tower_policy_of("tower 0.45") == Alike(0.45)
     assert {label for label in labels if table.kept_sets_of(label) == "question"} == {
         f"by-question {k}" for k in table.K_RATIOS
     }
@@ -110,6 +115,8 @@ def test_controls_take_the_kept_fraction_that_was_measured() -> None:
     assert table.policy_of("share 0.1", results) == Clusters(keep=0.1)
     assert table.policy_of("random 0.15", results) == Random(keep=0.4567)
     assert table.policy_of("grid 0.15", results) == Grid(keep=0.4567)
+    assert table.policy_of("tower 0.45", results) == table.policy_of("pooled", results) == KeepAll()
+    assert table.policy_of("tower-and-share 0.53", results) == Clusters(keep=0.4)
 
 
 def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
@@ -138,15 +145,20 @@ def test_report_and_page(arguments: list[str], tmp_path: Path) -> None:
     (grid,) = [line for line in page.splitlines() if line.startswith("| grid, as many as K = 0.15 | ")]
     assert grid.endswith(" | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × | 16.7 · 16.7 (16.7 to 16.7) · 0.50 × |")
     assert "| K = 0.1, a set a question | " in page
-    assert "| question | rows | full | real tiles | K = 0.25 | random | grid | K = 0.15 | random | grid |" in page
-    assert "| clusters, 10% | clusters 0.9 | clusters 0.8 | clusters 0.7 |" in page
+    assert "| question | rows | full | pooled | real tiles | K = 0.25 | random | grid | K = 0.15 | random | grid |" in page
+    assert (
+        "| clusters, 10% | clusters 0.9 | clusters 0.8 | clusters 0.7 | tower at 0.53 | tower at 0.45 | tower at 0.53, " in page
+    )
     assert "| color | 4 | 100.0 |" in page
-    assert "| on images of 3 tiles | 6 | 33.3 | 33.3 | 16.7 |" in page
-    assert "| lost |  |  | 0.0 (0.0 to 0.0) | 16.7 (16.7 to 16.7) |" in page
-    assert "easy-vqa-test (50 on 1 tile): the tower takes 12.0 s for its 4 images, 3.0 s with real tiles." in page
+    assert "| on images of 3 tiles | 6 | 33.3 | 33.3 | 33.3 | 16.7 |" in page
+    assert "| lost |  |  | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) | 16.7 (16.7 to 16.7) |" in page
+    assert "| texts as full's |  | 100.0 | 100.0 | 100.0 | 83.3 |" in page
+    assert "| easy-vqa-test | 50 on 1 tile | 4 | 12.0 | 12.0 | 3.0 | 12.0 | 12.0 |" in page
+    assert scenes["pooled"]["same_texts"] == 1
+    assert [label for label in scenes if "texts" in scenes[label]] == ["full"]
     assert "| all but captions | 20 | 40.0 |" in page
-    assert "| features kept |  | 100.0 | 100.0 | 50.0 |" in page
-    assert "| peak held |  | 1.00 × | 1.00 × | 0.50 × | 0.50 × | 0.50 × |" in page
+    assert "| features kept |  | 100.0 | 100.0 | 100.0 | 50.0 |" in page
+    assert "| peak held |  | 1.00 × | 1.00 × | 1.00 × | 0.50 × | 0.50 × | 0.50 × |" in page
     assert "- full: caption 0.0, count 0.0, letter 0.0, position 0.0\n" in page
     assert "saved" not in page
 
@@ -180,12 +192,12 @@ def test_a_stopped_measurement_is_continued_and_another_model_starts_anew(
         table.main(arguments)
     monkeypatch.setattr(FakeAnswerer, "fail_at", None)
     assert table.main(arguments) == 0
-    assert FakeAnswerer.calls[0] == "TrimmedLlama(k_ratio=0.15), all tiles, by image"
+    assert FakeAnswerer.calls[0] == "TrimmedLlama(k_ratio=0.15), pooled tiles, by image, None"
     assert table.main(arguments) == 0
     assert FakeAnswerer.calls == []
     (tmp_path / "photo-model/model.safetensors").write_bytes(b"other weights")
     assert table.main(arguments) == 0
-    assert FakeAnswerer.calls[:2] == ["KeepAll(), all tiles, by image", "KeepAll(), real tiles, by image"]
+    assert FakeAnswerer.calls[:2] == [f"KeepAll(), {way} tiles, by image, None" for way in ("all", "pooled")]
     assert len(FakeAnswerer.calls) == len(list(table.labels())), "the sets of the other model stay"
 
 
