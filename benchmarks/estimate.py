@@ -23,20 +23,23 @@ from trimming.costs import Costs
 if TYPE_CHECKING:
     from benchmarks.model import ModelSize
     from benchmarks.workloads import Workload
+    from trimming.tower import TowerTiles
 
 Result = dict[str, Any]
 BY_QUESTION = "by question"
 """The contender that keeps a set for each question; all others keep one an image."""
 MERGED = "merged"
 """The one whose features are merged before any question is read."""
+TOWERS = ("pooled", "tower", "whole")
+"""Those with padding tiles pooled, and less of the tower."""
 CALIBRATION = "captioning, continuous"
 """The run that the rates are fitted to."""
 GPU_CALIBRATION = "captioning, engine"
 GOAL = 0.25
 """The largest error of a stage."""
 OURS = {
-    "captioning": ("continuous", "trimmed", MERGED, "real"),
-    "questions": ("continuous", "trimmed", MERGED, BY_QUESTION, "real"),
+    "captioning": ("continuous", "trimmed", MERGED, "real", *TOWERS),
+    "questions": ("continuous", "trimmed", MERGED, BY_QUESTION, "real", *TOWERS),
     "four_tiles": ("full", "half", MERGED),
 }
 """Contenders of ``cpu.json`` that are the engine with continuous batching."""
@@ -162,21 +165,27 @@ def _model(conditions: Mapping[str, Any], itemsize: int) -> tuple[ModelSize, Cos
 
 
 def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room: float, most: int) -> Run:
-    keep = found["keep_fraction"]
+    from benchmarks.study import HALF_TOWER, TOWER, WHOLE
+
+    keep, contender = found["keep_fraction"], name.partition(", ")[2]
+    ways: dict[str, TowerTiles] = {"real": "real", "engine, real tiles": "real", **dict.fromkeys(TOWERS, "pooled")}
+    engine = Engine(
+        costs=costs,
+        kv_bytes=room,
+        max_sequences=most,
+        kept_sets="question" if contender == BY_QUESTION else "image",
+        tower_tiles=ways.get(contender, "all"),
+        tower_policy=HALF_TOWER if contender in (TOWER, WHOLE) else None,
+        merged=contender in (MERGED, WHOLE),
+    )
     rows = []
     for row in load.rows:
         tiles = load.tiles[row.image]
         # The image's token and the begin of text.
         prompt = len(row.prompt.split()) + 2
-        rows.append(Row(row.image, tiles, prompt, row.length, round(keep * tiles * costs.tokens), prompt + row.length))
-    engine = Engine(
-        costs=costs,
-        kv_bytes=room,
-        max_sequences=most,
-        kept_sets="question" if BY_QUESTION in name else "image",
-        tower_tiles="real" if "real" in name else "all",
-        merged=MERGED in name,
-    )
+        # A mean over images: of one tile count the tower leaves a feature more or less.
+        kept = engine.left(tiles) if contender == TOWER else round(keep * tiles * costs.tokens)
+        rows.append(Row(row.image, tiles, prompt, row.length, kept, prompt + row.length))
     seconds: dict[Stage, float] = {stage: found[f"{stage}_seconds"] for stage in STAGES}
     return Run(
         name, list(engine.calls(rows)), seconds, found["decode_steps"], found["peak_sequences"], found["peak_cross_kv_bytes"]

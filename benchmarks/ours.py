@@ -15,7 +15,7 @@ from pipeline.prompts import Prompter
 from trimming import KeepAll, Policy
 from trimming.engine import Completion, Engine, Image, KeptSets, Request
 from trimming.engine.images import ImageCache
-from trimming.tower import TowerTiles
+from trimming.tower import TowerPolicy, TowerTiles
 
 IMAGE_CACHE_BYTES = 1 << 30
 
@@ -44,15 +44,16 @@ class Ours:
         batch_size: int | None = None,
         reuse: bool = True,
         tower_tiles: TowerTiles = "all",
+        tower_policy: TowerPolicy | None = None,
     ) -> Pass:
         """One pass with an engine of its own, whose making is not timed, as the model's is not.
 
         ``batch_size`` stands for static batches: each goes on for all its rows until the longest is done, as the peer's do, and
         only then comes the next; None hands all rows over at once. Without ``reuse`` every row has an image of its own, decoded
-        and encoded anew. The default policy keeps everything.
+        and encoded anew. The default policy keeps everything, and all rows go through the tower, those of padding tiles too.
         """
         images = ImageCache(IMAGE_CACHE_BYTES if reuse else 0)
-        engine = self.engine(policy or KeepAll(), images, kept_sets, tower_tiles, batch_size)
+        engine = self.engine(policy or KeepAll(), images, kept_sets, tower_tiles, tower_policy, batch_size)
         preparing = generating = 0.0
         completions: list[Completion] = []
         tokens: list[list[int]] = []
@@ -89,6 +90,7 @@ class Ours:
         images: ImageCache | None = None,
         kept_sets: KeptSets = "image",
         tower_tiles: TowerTiles = "all",
+        tower_policy: TowerPolicy | None = None,
         sequences: int | None = None,
     ) -> Engine:
         """No token ends a row: its length does. ``images`` are those encoded before, by default none; ``sequences`` is how many
@@ -101,6 +103,7 @@ class Ours:
             kv_bytes=self.kv_bytes,
             max_sequences=sequences or self.max_sequences,
             tower_tiles=tower_tiles,
+            tower_policy=tower_policy,
             kept_sets=kept_sets,
         )
         # An empty cache is false.

@@ -23,6 +23,9 @@ RATIOS = {
     "decode_tenth_over_all": "decode tokens a second, a tenth, merged / all, four tiles, one budget of KV bytes",
     "captioning_kv_peak_tenth_over_all": "peak cross KV held, a tenth / all, captioning",
     "questions_kv_peak_tenth_over_all": "peak cross KV held, a tenth / all, five questions an image",
+    "captioning_pooled_over_all": "captioning, padding tiles pooled in the tower, all features / all rows, end to end",
+    "captioning_whole_over_all": "captioning, the same, half of the tower, clusters of half of what is left / all, end to end",
+    "questions_whole_over_all": "five questions an image, the same, end to end",
     "clustering_over_tower": "seconds of clustering and merging / the tower's",
     "selection_one_question": "prefill seconds, Trimmed-Llama / its features known beforehand, one question an image",
     "selection_five_questions": "the same, five questions an image",
@@ -40,6 +43,9 @@ BESIDE = {
     "by question": "trimmed to half, one set a question",
     "least": "one feature an image: what no trimming can exceed",
     "real": '`tower_tiles="real"` (approximate), all features',
+    "pooled": '`tower_tiles="pooled"`, the default, all features',
+    "tower": "and half of the tower's rows × layers left",
+    "whole": "and clusters of half of what the tower leaves",
 }
 
 
@@ -60,7 +66,8 @@ def markdown(result: Result) -> str:
 
 def _ratios(result: Result) -> list[str]:
     lines = _head(["ratio", "goal", "predicted", "measured", "least – most of a round"])
-    for name, title in RATIOS.items():
+    # What an older run of the benchmark did not measure is left out.
+    for name, title in ((name, title) for name, title in RATIOS.items() if name in result["ratios"]):
         at_least, at_most = (result["goals"][kind].get(name) for kind in ("at_least", "at_most"))
         goal = f"≥ {at_least:g}" if at_most is None else f"≤ {at_most:g}"
         # Selection and clustering are about percents.
@@ -87,6 +94,8 @@ def _ladder(result: Result) -> list[str]:
     heads = ["", "captioning, images/s", "/ peer", "generation / peer", "questions, images/s", "/ peer", "generation / peer"]
     lines = _head(heads)
     for name, title in [*RUNGS.items(), *BESIDE.items()]:
+        if not any(name in (*load["contenders"], "peer") for load in loads):
+            continue
         cells = [f"*beside:* {title}" if name in BESIDE else title]
         for load in loads:
             each = load["contenders"].get(load["peer"] if name == "peer" else name)

@@ -34,6 +34,9 @@ AT_LEAST = {
     "questions_tenth_over_all": 1.15,
     "questions_generation_tenth_over_all": 1.5,
     "decode_tenth_over_all": 3.0,
+    "captioning_pooled_over_all": 1.5,
+    "captioning_whole_over_all": 2.2,
+    "questions_whole_over_all": 1.8,
 }
 AT_MOST = {
     "captioning_kv_peak_half_over_all": 0.55,
@@ -111,6 +114,9 @@ def _ratios(done: Study) -> dict[str, dict[str, float]]:
         "captioning_generation_engine_over_peer": peer_over("captioning", _generation),
         "questions_engine_over_peer": peer_over("questions", _seconds),
         **fewer,
+        "captioning_pooled_over_all": over_all(study.POOLED, "captioning", _seconds),
+        "captioning_whole_over_all": over_all(study.WHOLE, "captioning", _seconds),
+        "questions_whole_over_all": over_all(study.WHOLE, "questions", _seconds),
     }
 
 

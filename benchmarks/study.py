@@ -18,9 +18,10 @@ from benchmarks.ours import Ours
 from benchmarks.peer import Peer
 from benchmarks.timing import Pass, Passes, take_turns
 from benchmarks.workloads import Workload
-from trimming import Grid
+from trimming import Clusters, Grid
 from trimming.costs import Geometry
 from trimming.engine.onednn import through_onednn
+from trimming.tower import Alike
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128)
 SWEPT_ROWS = 20
@@ -29,6 +30,12 @@ SLOW = 1.25
 """The sweep ends at a batch size that takes so many times as long as the best one."""
 LINEAR, STATIC, REUSE, CONTINUOUS, TRIMMED, MERGED = "linear", "static", "reuse", "continuous", "trimmed", "merged"
 BY_QUESTION, LEAST, REAL = "by question", "least", "real"
+POOLED, TOWER, WHOLE = "pooled", "tower", "whole"
+TOWER_KEEP = 0.5
+HALF_TOWER = Alike(TOWER_KEEP)
+WHOLE_KEEP = 0.5
+BEHIND = Clusters(keep=WHOLE_KEEP)
+"""Half of the tower's rows × layers; and of what that leaves half the features, merged."""
 ONCE = (LINEAR, STATIC, REUSE, BY_QUESTION, LEAST, REAL)
 """Contenders that no ratio with a goal is made of: one pass is enough to see where the time goes."""
 ONE_FEATURE = Grid(keep=1e-6)
@@ -162,6 +169,9 @@ class Study:
             runs[BY_QUESTION] = partial(self.ours, load, policy, kept_sets="question")
         runs[LEAST] = partial(self.ours, load, ONE_FEATURE)
         runs[REAL] = partial(self.ours, load, tower_tiles="real")
+        runs[POOLED] = partial(self.ours, load, tower_tiles="pooled")
+        runs[TOWER] = partial(self.ours, load, tower_tiles="pooled", tower_policy=HALF_TOWER)
+        runs[WHOLE] = partial(self.ours, load, BEHIND, tower_tiles="pooled", tower_policy=HALF_TOWER)
         return runs
 
     def _cache_bytes(self) -> int:

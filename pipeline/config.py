@@ -324,7 +324,7 @@ class RunConfig:
         if self.tower_keep is not None and not 0 < self.tower_keep <= 1:
             raise ValueError(f"tower_keep={self.tower_keep} must lie in (0, 1]; without tower_policy all rows stay")
         if self.rows == "transformers":
-            given = {"tower_tiles": self.tower_tiles, "tower_policy": self.tower_policy}
+            given = {"tower_tiles": self.tower_tiles, "tower_policy": self.tower_policy if self.tower_keep != 1 else None}
             for name, value in given.items():
                 if value not in (None, "all"):
                     raise ValueError(

@@ -377,7 +377,8 @@ def cpu_ratios() -> list[str]:
     engine = ["captioning_engine_over_peer", "captioning_generation_engine_over_peer", "questions_engine_over_peer"]
     kinds = ("captioning", "questions", "questions_generation", "decode", "captioning_kv_peak", "questions_kv_peak")
     fewer = [f"{name}_{share}_over_all" for share in ("half", "tenth") for name in kinds]
-    return [*engine, *fewer, "selection_one_question", "selection_five_questions", "clustering_over_tower"]
+    towers = ["captioning_pooled_over_all", "captioning_whole_over_all", "questions_whole_over_all"]
+    return [*engine, *fewer, *towers, "selection_one_question", "selection_five_questions", "clustering_over_tower"]
 
 
 def at_most(name: str) -> bool:
@@ -455,6 +456,7 @@ def test_a_tiny_run_measures_everything(ray_cluster: str, tmp_path: Path, capsys
     for name in ("captioning", "questions"):
         assert result[name]["same_output_rows"] == 1
         assert {"linear", "static", "continuous", "trimmed", "merged", "least", "real"} < set(result[name]["contenders"])
+        assert {"pooled", "tower", "whole"} < set(result[name]["contenders"])
     assert set(result["questions"]["contenders"]) - set(result["captioning"]["contenders"]) >= {"reuse", "by question"}
     four = result["four_tiles"]["contenders"]
     assert four["full"]["peak_sequences"] == 2

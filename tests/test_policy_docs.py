@@ -14,7 +14,7 @@ from test_policy_family import test_the_engine_does_what_trim_does as agree
 from tiny import BATCHES
 
 import trimming
-from pipeline.config import POLICIES, POLICY_OPTIONS, RunConfig
+from pipeline.config import POLICIES, POLICY_OPTIONS, TOWER_POLICIES, RunConfig
 from pipeline.model import build_policy
 from trimming import Policy, ThinK, VisualContext
 
@@ -60,6 +60,9 @@ def test_its_line_makes_it_a_name_for_jobs(added: type[Any]) -> None:
 
 
 def test_the_docs_list_every_policy() -> None:
-    table = DOCS.read_text().split("## The family")[1].split("## Adding one")[0]
+    family, towers = DOCS.read_text().split("## The family")[1].split("## Adding one")[0].split("## Inside the vision tower")
     kinds = {value.__name__ for value in vars(trimming).values() if isinstance(value, type) and issubclass(value, Policy)}
-    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == kinds - {"Policy"}
+    assert set(re.findall(r"^\| `(\w+)`", family, re.MULTILINE)) == kinds - {"Policy"}
+    assert dict(re.findall(r"^\| `(\w+)`, `(?:--tower-policy )?(\w+)`", towers, re.MULTILINE)) == {
+        kind: name for name, kind in TOWER_POLICIES.items()
+    }

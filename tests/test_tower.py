@@ -31,14 +31,21 @@ from trimming import (
     Clusters,
     DivPrune,
     ElasticCache,
+    FastV,
+    Grid,
     KeepAll,
     Policy,
+    Random,
     SnapKV,
+    Spread,
     ThinK,
     TrimmedLlama,
     VisionZip,
+    WeightedFarthest,
+    ZipVL,
     trim,
 )
+from trimming.clustering import sorted_sums, sums_by
 from trimming.engine import Image
 from trimming.tower import Alike, EViT, GridRows, RandomRows, ToMe, Tower, TowerPolicy, TowerTiles, Windows, padding_of
 from trimming.tower.layer import weighed_attention
@@ -51,6 +58,7 @@ POLICIES = [Alike(0.6), ToMe(0.6), ToMe(0.5, weighted=False), EViT(0.6), Windows
 
 
 @cache
+@torch.inference_mode(False)
 def deep_model(dtype: torch.dtype = torch.float32) -> MllamaForConditionalGeneration:
     """A tower of several layers over finer patches than ``tiny_model``'s, so that there is something to pool and to merge."""
     config = MllamaConfig.from_dict(tiny_model().config.to_dict())
@@ -582,3 +590,103 @@ def test_questions_about_one_image_share_what_the_tower_leaves() -> None:
             alone = run_alone(model, prompt, str(number), policy, tower_tiles="pooled", tower_policy=Alike(0.5))
             assert completion.tokens == alone.tokens
     assert engine.statistics.images_encoded == 1
+
+
+@pytest.mark.parametrize("options", [{"tower_tiles": "pooled"}, {"tower_policy": Alike(0.5)}], ids=str)
+def test_trim_takes_pixels_as_a_processor_gives_them(options: dict[str, Any]) -> None:
+    """In float32, whatever the model's type."""
+    model, (prompt,) = deep_model(torch.bfloat16), questions([Row((2,))])
+    assert prompt.inputs["pixel_values"].dtype == torch.float32
+    alone = run_alone(model, prompt, "0", TrimmedLlama(0.3), **options)
+    assert alone.logits.isfinite().all()
+
+
+def test_trim_refuses_features_of_another_tower() -> None:
+    model, (prompt,) = deep_model(), questions([Row((2,))])
+    inputs = dict(prompt.inputs)
+    pixels = {name: inputs.pop(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    states = model.model.multi_modal_projector(model.model.vision_model(**pixels).last_hidden_state).flatten(0, 2)
+    with trim(model, KeepAll(), tower_policy=Alike(0.5)), pytest.raises(ValueError, match="give pixel_values"):
+        model(**inputs, cross_attention_states=states)
+
+
+def test_without_a_mask_padding_tiles_are_no_features() -> None:
+    model, (prompt,) = deep_model(), questions([Row((2,))])
+    inputs = {name: value for name, value in prompt.inputs.items() if name != "cross_attention_mask"}
+    for options, kept in (
+        ({"tower_tiles": "pooled"}, 2 * TOKENS),
+        ({"tower_policy": Alike(0.5)}, make_tower(Alike(0.5)).plan(2)[-1]),
+    ):
+        with torch.inference_mode(), trim(model, KeepAll(), **options) as trimmed:
+            model(**inputs)
+        assert (trimmed.samples[0].visual_tokens, trimmed.samples[0].kept_visual_tokens) == (2 * TOKENS, kept)
+
+
+@pytest.mark.parametrize("kind", [ElasticCache, VisionZip])
+def test_means_that_count_once_do_so_behind_a_tower_that_weighs(kind: Any) -> None:
+    """Whether a policy counts what it merges is its own; what the tower merged counts either way."""
+    model, (prompt,) = deep_model(), questions([Row((3,))])
+    once, by_members = (
+        run_alone(model, prompt, "0", kind(0.4, weighted=weighted), tower_policy=Alike(0.6)) for weighted in (False, True)
+    )
+    assert not torch.allclose(once.logits, by_members.logits, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_states_that_overflow_end() -> None:
+    """As others do: the row says what a model of NaN says."""
+    images = [Image("0", torch.full((1, 3, TILE, TILE), torch.nan), 1)]
+    for policy in POLICIES:
+        assert make_tower(policy).encode(images).features.isnan().any()
+
+
+@torch.inference_mode()
+def test_small_shares_do_not_hang_on_neighbours() -> None:
+    images, tower = make_images(4, 12), make_tower(RandomRows(0.2))
+    together = tower.encode(images)
+    for row, image in enumerate(images):
+        assert torch.equal(tower.encode([image]).group[0], together.group[row])  # type: ignore[index]
+
+
+@torch.inference_mode()
+def test_sums_are_the_same_where_rows_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are on a GPU, so that they are the same on every run."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 50, 7, generator=generator)
+    into = torch.randint(-1, 9, (3, 50), generator=generator)
+    torch.testing.assert_close(sorted_sums(rows, into, 9), sums_by(rows, into, 9), rtol=0, atol=0)
+    none = torch.full((3, 50), -1)
+    assert sorted_sums(rows, none, 2).abs().max() == 0
+
+
+def test_a_tower_that_was_first_used_for_inference_can_be_trained() -> None:
+    padding_of.cache_clear()
+    with torch.inference_mode():
+        make_tower().encode(make_images(1, 1))
+    make_tower().encode(make_images(1, 1)).features.sum().backward()
+    for parameter in deep_model().parameters():
+        parameter.grad = None
+
+
+def test_what_is_no_tower_policy_is_refused() -> None:
+    for wrong in ("alike", Alike, TrimmedLlama(0.5)):
+        with pytest.raises(TypeError, match="is no tower policy: give an instance"):
+            make_engine(model=deep_model(), tower_policy=wrong)
+        with pytest.raises(TypeError, match="is no tower policy"), trim(deep_model(), KeepAll(), tower_policy=wrong):
+            pass
+    assert make_engine(model=deep_model(), rows="transformers", tower_policy=Alike(1.0)).tower.policy is None
+
+
+@pytest.mark.parametrize(
+    "policy", [Grid(0.5), Random(0.5), Spread(0.5), FastV(0.5), ZipVL(0.9), WeightedFarthest(0.5)], ids=repr
+)
+def test_the_rest_of_the_family_takes_what_the_tower_leaves(policy: Policy) -> None:
+    model, asked = deep_model(), questions([Row((1,)), Row((3, 2), after=5)])
+    found = complete(make_engine(policy, model, tower_policy=Alike(0.5)), [p.request(str(n)) for n, p in enumerate(asked)])
+    for number, (prompt, completion) in enumerate(zip(asked, found, strict=True)):
+        alone = run_alone(model, prompt, str(number), policy, tower_tiles="pooled", tower_policy=Alike(0.5))
+        assert completion.tokens == alone.tokens
+        assert completion.trim.kept.tolist() == alone.trim.kept.tolist()
+        left = sum(make_tower(Alike(0.5)).plan(len(image.pixels))[-1] for image in prompt.images)
+        if not isinstance(policy, ZipVL):
+            assert completion.trim.kept_visual_tokens == pytest.approx(left / 2, abs=1)

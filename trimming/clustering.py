@@ -165,13 +165,22 @@ def sums_by(rows: Tensor, into: Tensor, count: int) -> Tensor:
 
     The same on every run: sums go in the order of rows, not by atomic additions as ``index_add`` has them on CUDA.
     """
-    batch = len(rows)
-    # Those that go nowhere have a place of their own.
-    flat = (into.masked_fill(into < 0, count) + torch.arange(batch, device=into.device)[:, None] * (count + 1)).flatten()
-    rows = rows.flatten(0, 1).float()
-    if rows.device.type == "cpu":
-        sums = rows.new_zeros(batch * (count + 1), rows.shape[-1]).index_add_(0, flat, rows)
-    else:
-        lengths = torch.zeros(batch * (count + 1), dtype=torch.long, device=into.device)
-        sums = sum_of_runs(rows[flat.argsort(stable=True)], lengths.index_add_(0, flat, torch.ones_like(flat)))
-    return sums.view(batch, count + 1, -1)[:, :count]
+    if rows.device.type != "cpu":
+        return sorted_sums(rows, into, count)
+    flat = _places(into, count)
+    sums = rows.new_zeros(len(rows) * (count + 1), rows.shape[-1], dtype=torch.float32)
+    return sums.index_add_(0, flat, rows.flatten(0, 1).float()).view(len(rows), count + 1, -1)[:, :count]
+
+
+def sorted_sums(rows: Tensor, into: Tensor, count: int) -> Tensor:
+    """``sums_by``, of rows that are sorted first."""
+    flat = _places(into, count)
+    lengths = torch.zeros(len(rows) * (count + 1), dtype=torch.long, device=into.device)
+    sums = sum_of_runs(rows.flatten(0, 1)[flat.argsort(stable=True)], lengths.index_add_(0, flat, torch.ones_like(flat)))
+    return sums.view(len(rows), count + 1, -1)[:, :count]
+
+
+def _places(into: Tensor, count: int) -> Tensor:
+    """(B × n,) long: of each row in all images' sums, one behind the other; those that go nowhere have a place of their own."""
+    images = torch.arange(len(into), device=into.device)[:, None] * (count + 1)
+    return (into.masked_fill(into < 0, count) + images).flatten()

@@ -231,6 +231,8 @@ class _Surgery:
         given = self.forward_signature.bind_partial(*args, **kwargs).arguments
         cache = given.get("past_key_values")
         has_image = given.get("pixel_values") is not None or given.get("cross_attention_states") is not None
+        if self.own_tower and given.get("cross_attention_states") is not None:
+            raise ValueError("trim runs a tower of its own here: give pixel_values, not the cross_attention_states of another")
         fresh = cache is None or int(cache.get_seq_length()) == 0
         self.prefill = self.mask_before = None
         if not fresh:
@@ -291,6 +293,9 @@ class _Surgery:
         """``MllamaVisionModel.forward`` by our tower: each row at the place of its first member, anything where none is."""
         batch, images, tiles = pixel_values.shape[:3]
         tokens, width = self.tower.tokens, self.model.config.vision_config.vision_output_dim
+        weight = self.tower.vision.patch_embedding.weight
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        aspect_ratio_ids, aspect_ratio_mask = (t.to(weight.device) for t in (aspect_ratio_ids, aspect_ratio_mask))
         prefill = self.prefill
         ids = self.sample_ids(batch)
         states = pixel_values.new_zeros(batch * images, tiles * tokens, width)
@@ -425,20 +430,24 @@ class _Surgery:
 
     def begin(self, prefill: _Prefill, real: Tensor, states: Tensor) -> None:
         """What there is to choose from: the features (B, N, width) of ``real`` tiles, or what they have been merged into."""
+        size = self.tower.max_tiles * self.tower.tokens
+        if prefill.tiles is not None:
+            # Our tower has made nothing of padding tiles, whatever the mask says.
+            counts = torch.tensor(prefill.tiles, device=real.device)[..., None] * self.tower.tokens
+            real = real & (torch.arange(size, device=real.device) < counts).flatten(1)
         prefill.real, prefill.features = real, states
         whole = torch.arange(real.shape[1], device=real.device).expand_as(real)
         firsts = whole if prefill.firsts is None else prefill.firsts.to(real.device)
-        if self.policy.clustering is None and firsts is whole and not self.weighs:
+        if self.policy.clustering is None and prefill.firsts is None and not self.weighs:
             prefill.valid = real
             return
         sizes = torch.ones(real.shape, device=states.device) if prefill.sizes is None else prefill.sizes.to(states.device)
         prefill.firsts, prefill.sizes, prefill.valid = firsts, sizes, real & (firsts == whole)
         if self.policy.clustering is not None:
             self.cluster(prefill, self.policy.clustering)
-        # An image's padding is there where nothing of it was merged.
-        size = self.tower.max_tiles * self.tower.tokens
+        # The model's own tower leaves padding too, which is there where nothing of its image was merged.
         alone = (prefill.valid == real).unflatten(1, (-1, size)).all(-1).repeat_interleave(size, 1)
-        there = prefill.valid | (~real & alone)
+        there = prefill.valid | (~real & alone & (prefill.tiles is None))
         prefill.there = None if bool(there.all()) else _Kept.of(there, prefill.sizes.to(there.device) if self.weighs else None)
         prefill.sizes = prefill.sizes if self.weighs else None
 
@@ -503,7 +512,8 @@ class _Surgery:
             counted = torch.ones_like(valid, dtype=torch.float32) if sizes is None else sizes
             each = zip(states, *(t.to(states.device) for t in (counted, prefill.targets, keep)), strict=True)
             rows, counts = zip(*(merged(*own) for own in each), strict=True)
-            states, sizes = torch.stack(rows), None if sizes is None else torch.stack(counts)
+            # A policy whose means count once leaves what the tower, or clusters, had counted before.
+            states, sizes = torch.stack(rows), torch.stack(counts) if self.policy.weighs else sizes
         if self.rows == "transformers":
             everything = (keep == (real if keep.dim() == 2 else real[:, None])).flatten(1).all(-1)
             keep = keep | everything.view(-1, *(1,) * (keep.dim() - 1))

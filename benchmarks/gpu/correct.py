@@ -16,7 +16,7 @@ from benchmarks.gpu.bench import Bench, Result, SectionError, without_tf32
 from benchmarks.gpu.checks.captured import check_captured
 from benchmarks.gpu.checks.gpu_tests import GpuTests
 from benchmarks.gpu.checks.memory import check_out_of_memory
-from benchmarks.gpu.checks.references import check_logits, check_masked, check_policies, check_tokens
+from benchmarks.gpu.checks.references import check_logits, check_masked, check_policies, check_tokens, check_tower
 from benchmarks.gpu.checks.subject import Subject, WrongError
 
 Check = Callable[[Subject], Result]
@@ -26,6 +26,7 @@ CHECKS: dict[str, tuple[float, Check]] = {
     "captured": (10, check_captured),
     "logits": (4, check_logits),
     "masked": (4, check_masked),
+    "tower": (4, check_tower),
     "out of memory": (6, check_out_of_memory),
     "policies": (10, check_policies),
 }

@@ -110,9 +110,11 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
     if comparison is not None:
         # Where a run trims and has fewer tiles too, the policy is its series and its whole name its label.
         option, value = next(iter(run["options"].items()), ("", None))
-        if run["policy"] == "none" and run["tower"] and not run["max_tiles"]:
+        if run["policy"] == "none" and run["tower"]:
             policy, share = run["tower"].split()
             series, label, order = f"tower {policy}", f"tower {share}", float(share)
+            if run["max_tiles"]:
+                series += f", max_tiles={run['max_tiles']}"
         elif run["policy"] == "none":
             series, label, order = (
                 "fewer tiles",

@@ -66,9 +66,11 @@ def _benchmark(found: Object) -> GpuBenchmark:
 
 
 def _entries(stage: Stage, section: Object) -> Sequence[Object]:
-    """The measurements that are like a job's calls: the exact tower, full batches of prompts, many sequences a decode step."""
+    """The measurements that are like a job's calls: the tower with padding pooled, which older results lack, or all of it; full
+    batches of prompts, many sequences a decode step."""
     if stage == "tower":
-        return [modes["all"] for modes in map(_measured, _objects(section, "tiles")) if "all" in modes]
+        found = map(_measured, _objects(section, "tiles"))
+        return [modes.get("pooled", modes.get("all", {})) for modes in found if modes.keys() & {"pooled", "all"}]
     policies = [_measured(_field(policy, "batches", dict, {})) for policy in _objects(section, "policies")]
     by_batch = [{int(batch): entry for batch, entry in policy.items()} for policy in policies if policy]
     if stage == "prefill":

@@ -76,8 +76,11 @@ class Measured:
     def of_left(self, costs: Costs) -> float:
         """Share that was kept of what the tower left."""
         policy = tower_policy_of(self.tower_policy, self.tower_keep)
-        left = sum(share * costs.tower_rows(tiles, policy)[-1] for tiles, share in self.tiles.items())
-        return min(1.0, self.keep * costs.tokens * sum(tiles * share for tiles, share in self.tiles.items()) / left)
+        if policy is None:
+            return self.keep
+        # Of the rows at hand, in whole features: a run that kept everything has kept exactly that.
+        left = sum(costs.tower_rows(row.tiles, policy)[-1] for row in self.rows)
+        return sum(row.kept for row in self.rows) / left
 
     def calls(self, costs: Costs) -> list[Call]:
         """What the run did, through the cost model: towers and prefills as the scheduler would have called them for its rows,

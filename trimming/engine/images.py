@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
 from trimming.clustering import Clustering, merge_clusters, sums_by
 from trimming.engine.sequence import Encoded, Members
-from trimming.tower import Encoding
+from trimming.tower import Encoding, TowerPolicy
 from trimming.tower.rows import first_members, follow
 
 
@@ -70,16 +69,17 @@ class ImageCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._images: OrderedDict[tuple[str, Hashable], Encoded] = OrderedDict()
+        self._images: OrderedDict[tuple[str, Clustering | None, TowerPolicy | None], Encoded] = OrderedDict()
 
-    def get(self, key: str, how: Hashable = None) -> Encoded | None:
-        """The image, encoded like this."""
-        if (key, how) in self._images:
-            self._images.move_to_end((key, how))
-        return self._images.get((key, how))
+    def get(self, key: str, clustering: Clustering | None = None, tower: TowerPolicy | None = None) -> Encoded | None:
+        """The image as this tower policy has left it, its features merged like this, or all there."""
+        place = key, clustering, tower
+        if place in self._images:
+            self._images.move_to_end(place)
+        return self._images.get(place)
 
-    def put(self, key: str, image: Encoded, how: Hashable = None) -> None:
-        self._images[key, how] = image
+    def put(self, key: str, image: Encoded, clustering: Clustering | None = None, tower: TowerPolicy | None = None) -> None:
+        self._images[key, clustering, tower] = image
         size = sum(image.bytes for image in self._images.values())
         while self._images and size > self.limit_bytes:
             size -= self._images.popitem(last=False)[1].bytes

@@ -408,7 +408,8 @@ class Prefill:
         features, sizes = _merged(s, index, keep)
         features = features[places.to(features.device)].to(key.device)
         key, value = cross_projections(attention, features)
-        bias = None if bias is None else sizes.log().to(places.device)[places]
+        if bias is not None:
+            bias = (sizes.log().to(places.device) if self.policy.weighs else bias)[places]
         return key.transpose(0, 1), value.transpose(0, 1), bias
 
     def _slice(self, s: _Set, index: int, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
@@ -710,7 +711,8 @@ class _Batch:
         if self.prefill.policy.merges:
             kept = torch.zeros(len(s.positions), dtype=torch.bool).index_fill(0, s.kept, True)
             s.merged, counts = _merged(s, 0, kept)
-            sizes = None if sizes is None else counts
+            # A policy whose means count once leaves what the tower, or clusters, had counted before.
+            sizes = counts if self.prefill.policy.weighs else sizes
         if sizes is not None:
             s.bias = sizes[s.kept.to(sizes.device)].log().to(self.rows.device)
             if s.segment is not None and s.fresh:

@@ -292,6 +292,7 @@ class Engine:
             self.tower = self.prefill.tower = self.tower.under(policy)
             self.decode.weigh(self.prefill.weighs)
             self._left = 1.0
+            self._share = _first_guess(self.policy)
 
     def _check_idle(self) -> None:
         if self.waiting or self.decode.running:
@@ -648,7 +649,7 @@ class Engine:
         self.statistics.images_encoded += 0 if whole else len(together)
         for (owner, image), one in zip(together, encoded, strict=True):
             if self.images.limit_bytes:
-                self.images.put(image.key, one, (self.tower.policy, self.policy.clustering))
+                self.images.put(image.key, one, self.policy.clustering, self.tower.policy)
             owner.encoded.append(one)
             self.statistics.image_hits += owner.waiting - (0 if whole else 1)
             self._left += 0.2 * (one.real(self.tower.tokens) / (one.tiles * self.tower.tokens) - self._left)
@@ -656,7 +657,7 @@ class Engine:
 
     def _cached(self, image: Image, clustering: Clustering | None) -> Encoded | None:
         """The image from the cache, merged like this or with all of its features, where it has all that the policy looks at."""
-        found = self.images.get(image.key, (self.tower.policy, clustering)) if self.images.limit_bytes else None
+        found = self.images.get(image.key, clustering, self.tower.policy) if self.images.limit_bytes else None
         lacks = found is not None and found.class_attention is None and "class_attention" in self.policy.looks_at
         return None if lacks else found
 

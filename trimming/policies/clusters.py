@@ -26,7 +26,7 @@ class Clusters(Around):
     likeness: float | None = None
     """Or, in its place, the cosine up to which features count as one, in (0, 1]."""
     policy: Policy = field(default_factory=KeepAll)
-    """Sees a cluster at the place of its first member alone: one that goes by places, such as ``Grid``, finds few there."""
+    """Sees a cluster at the place of its first member alone."""
 
     weighs: ClassVar[bool] = True
 

@@ -17,7 +17,8 @@ from trimming.policies.policy import KeepShare, VisualContext, Where, no_scores
 class Grid(KeepShare):
     """Keeps an evenly spaced lattice of patches in each real tile; the class token only once all patches are kept.
 
-    A sample's budget is split evenly over its tiles, the remainder over the first ones.
+    A sample's budget is split evenly over its tiles, the remainder over the first ones. Of features that have been merged,
+    which lie anywhere, every so many one stays.
     """
 
     where: ClassVar[Where] = "features"
@@ -28,7 +29,13 @@ class Grid(KeepShare):
     def pick(self, scores: Tensor, budget: Tensor, context: VisualContext) -> Tensor:
         chosen = torch.zeros(context.valid.shape, dtype=torch.bool)
         for row, (valid, whole) in enumerate(zip(context.valid.cpu(), budget.tolist(), strict=True)):
-            real = valid.view(-1, context.tokens).any(-1).nonzero()[:, 0].tolist()
+            there = valid.view(-1, context.tokens)
+            real = there.any(-1).nonzero()[:, 0].tolist()
+            if not there[real].all():
+                # What has been merged lies on no lattice: evenly in the order of what there is.
+                places = valid.nonzero()[:, 0]
+                chosen[row, places[(2 * torch.arange(whole) + 1) * len(places) // (2 * whole)]] = True
+                continue
             for number, tile in enumerate(real):
                 share = whole // len(real) + (number < whole % len(real))
                 chosen[row, [tile * context.tokens + i for i in tile_lattice(context.tokens, share)]] = True

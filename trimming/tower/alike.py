@@ -20,7 +20,7 @@ class Alike(ToMe):
     looks_at: ClassVar[frozenset[Look]] = frozenset()
 
     def metric(self, rows: TowerRows) -> Tensor:
-        return rows.states.float()
+        return rows.states
 
     def operations(self, count: int, left: int, width: int, head_width: int) -> int:
         return super().operations(count, left, width, width)

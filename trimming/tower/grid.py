@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,15 +22,20 @@ class GridRows(TowerPolicy):
     first, so that every second row and column leaves before the others are touched."""
 
     def groups(self, rows: TowerRows, left: int) -> Tensor:
-        side = math.isqrt(rows.tokens - 1)
-        patches = torch.arange(rows.tokens - 1)
-        y, x = patches // side, patches % side
-        order = torch.zeros_like(patches)
-        for bit in range(BITS):
-            # A patch whose coordinates have low bits goes early; of a checkerboard's halves the one with odd sums first.
-            low = ((y ^ x) >> bit & 1) * 2 + (y >> bit & 1)
-            order = order * 4 + low
-        rank = torch.cat([torch.zeros(1, dtype=torch.long), order.argsort(stable=True).argsort()]).to(rows.places.device)
-        tile = rows.places // rows.tokens
+        rank = _ranks(rows.tokens, rows.places.device)
         # Tile after tile within a rank, so that each has as many.
-        return first_ranked(rank[rows.places % rows.tokens] * (int(tile.max()) + 1) + tile, left)
+        return first_ranked(rank[rows.places % rows.tokens] * rows.tiles + rows.places // rows.tokens, left)
+
+
+@cache
+@torch.inference_mode(False)
+def _ranks(tokens: int, device: torch.device) -> Tensor:
+    """(tokens,) long: the order in which a tile's patches stay, the last to leave first."""
+    side = math.isqrt(tokens - 1)
+    patches = torch.arange(tokens - 1)
+    y, x = patches // side, patches % side
+    order = torch.zeros_like(patches)
+    for bit in range(BITS):
+        # A patch whose coordinates have low bits goes early; of a checkerboard's halves the one with odd sums first.
+        order = order * 4 + ((y ^ x) >> bit & 1) * 2 + (y >> bit & 1)
+    return torch.cat([torch.zeros(1, dtype=torch.long), order.argsort(stable=True).argsort()]).to(device)

@@ -31,12 +31,9 @@ class Padding:
         """Whether each row stands for itself."""
         return len(self.sizes) == len(self.group)
 
-    def logits(self) -> Tensor:
-        """(g,) float32: what is added to each row's logits."""
-        return self.sizes.log()
-
 
 @cache
+@torch.inference_mode(False)
 def padding_of(real: int, tiles: int, tokens: int, pooled: bool) -> Padding:
     """For an image of ``real`` tiles in a tower of ``tiles``, of ``tokens`` each.
 

@@ -23,6 +23,8 @@ class TowerRows:
     """(B, f) float32: how many patches each row stands for."""
     places: Tensor
     """(B, f) long, ascending: each row's first member, on the axis of real tiles × tokens."""
+    tiles: int
+    """Real tiles of each image."""
     tokens: int
     """Visual tokens a tile: the class token, then its patches row by row."""
     image_keys: tuple[str, ...]

@@ -18,8 +18,7 @@ class RandomRows(TowerPolicy):
     seed: int = 0
 
     def groups(self, rows: TowerRows, left: int) -> Tensor:
-        tiles = int(rows.places.max()) // rows.tokens + 1
-        drawn = [torch.randperm(tiles * rows.tokens, generator=generator_of(self.seed, key)) for key in rows.image_keys]
+        drawn = [torch.randperm(rows.tiles * rows.tokens, generator=generator_of(self.seed, key)) for key in rows.image_keys]
         return first_ranked(torch.stack(drawn).to(rows.places.device).gather(1, rows.places), left)
 
 

@@ -54,6 +54,8 @@ class Rows:
         """(B, real) float32: how many patches each stands for; None for one each."""
         self.marks: list[Mark] = []
         states = embedded.flatten(1, 2)
+        # All that the layers need of it, once.
+        self._padding_tile, self._padding_bias = (t.to(states.device) for t in (padding.tile, padding.sizes.log()))
         # Each tile's rows up to a multiple of eight tokens: zeros, behind everything else.
         padded = F.pad(states[:, self.real :], (0, 0, 0, tiles * (-self.tokens % 8)))
         if not padding.alone:
@@ -97,7 +99,7 @@ class Rows:
             tile = torch.eye(self.tiles, device=real.device).repeat_interleave(self.tokens, 0)
             members = sums_by(tile.expand(len(real), -1, -1), self.group, self.real)
             own = ((members / members.sum(-1, keepdim=True)) @ real.float()).to(real.dtype)
-        self.states = self.states + torch.cat([own, embedding[:, self.padding.tile.to(real.device)]], 1)
+        self.states = self.states + torch.cat([own, embedding[:, self._padding_tile]], 1)
 
     def leave(
         self,
@@ -122,6 +124,7 @@ class Rows:
             states=_gather(real, free),
             sizes=counted.gather(1, free),
             places=self.places.gather(1, free),
+            tiles=self.tiles,
             tokens=self.tokens,
             image_keys=tuple(keys),
             keys=of_free(metric),
@@ -149,8 +152,7 @@ class Rows:
             parts = self.sizes.log()
         if parts is not None or not self.padding.alone:
             own = self.states.new_zeros(1, self.real, dtype=torch.float32) if parts is None else parts
-            padded = self.padding.sizes.to(own.device).log().expand(len(own), -1)
-            self.bias = torch.cat([own, padded], 1)
+            self.bias = torch.cat([own, self._padding_bias.expand(len(own), -1)], 1)
 
 
 def means_by(rows: Tensor, weights: Tensor, into: Tensor, count: int) -> Tensor:

@@ -34,7 +34,7 @@ class ToMe(TowerPolicy):
         return self.weighted
 
     def metric(self, rows: TowerRows) -> Tensor:
-        """(B, f, any) float32: rows are as alike as their directions here."""
+        """(B, f, any): rows are as alike as their directions here."""
         assert rows.keys is not None
         return rows.keys
 
@@ -64,13 +64,22 @@ class ToMe(TowerPolicy):
 def _matched(keys: Tensor, left: int) -> Tensor:
     """(B, f) long, below ``left``: where each of ``keys`` (B, f, width) goes, two or more that are alike into one."""
     batch, count = keys.shape[:2]
-    unit = F.normalize(keys, dim=-1)
-    ones, others = unit[:, ::2], unit[:, 1::2].mT
-    step = max(1, CHUNK_ELEMENTS // (batch * others.shape[2]))
-    found = [(part @ others).max(-1) for part in ones.split(step, 1)]
+    ones, others = keys[:, ::2], keys[:, 1::2]
+    step = max(1, CHUNK_ELEMENTS // (batch * others.shape[1]))
+    found = [_cosines(part, others).max(-1) for part in ones.split(step, 1)]
     alike, nearest = torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
     goes = alike.argsort(dim=1, descending=True, stable=True)[:, : count - left]
     into = torch.arange(count, device=keys.device).repeat(batch, 1)
     into.scatter_(1, 2 * goes, 2 * nearest.gather(1, goes) + 1)
     stays = torch.ones_like(into, dtype=torch.bool).scatter_(1, 2 * goes, False)
     return (stays.cumsum(1) - 1).gather(1, into)
+
+
+def _cosines(ones: Tensor, others: Tensor) -> Tensor:
+    """(B, n, m) float32 of ones (B, n, width) and others (B, m, width)."""
+    if ones.is_cuda and ones.dtype in (torch.bfloat16, torch.float16):
+        # On tensor cores, whose sums are in float32.
+        products = torch.bmm(ones, others.mT, out_dtype=torch.float32)
+        lengths = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32).clamp(min=1e-12) for t in (ones, others))
+        return products / next(lengths)[..., None] / next(lengths)[:, None]
+    return F.normalize(ones.float(), dim=-1) @ F.normalize(others.float(), dim=-1).mT

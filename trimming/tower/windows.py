@@ -38,9 +38,10 @@ class Windows(TowerPolicy):
         side = math.isqrt(rows.tokens - 1)
         # Patches alone are numbered here, without class tokens.
         first = rows.places - 1 - rows.places // rows.tokens
-        blocks = _Blocks(rows, first, int(rows.places[:, -1].max()) // rows.tokens + 1, side)
+        blocks = _Blocks(rows, first, rows.tiles, side)
         to_go = torch.full_like(first[:, 0], (first.shape[1] - left) // 3)
-        while to_go.any():
+        # A round that does not suffice has merged every window there was, and so made the next larger ones.
+        for _ in range(side.bit_length()):
             to_go = to_go - blocks.merge(to_go)
         return blocks.number(first)
 
@@ -106,4 +107,5 @@ class _Blocks:
         four = self.sums[:, corners[0]]
         whole = four.sum(2)
         alike = F.cosine_similarity(four, whole[:, :, None], dim=-1).amin(-1)
-        return alike.masked_fill(~there, -torch.inf), corners, whole
+        # States that overflowed are alike to nothing, and their rows merge last.
+        return alike.nan_to_num(-1).masked_fill(~there, -torch.inf), corners, whole

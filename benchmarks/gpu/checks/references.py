@@ -23,8 +23,9 @@ from benchmarks.gpu.bench import Result
 from benchmarks.gpu.checks.subject import Question, Subject, answers, demand, error_of, record
 from pipeline.images import Normaliser
 from trimming import FastV, Grid, KeepAll, Policy, Rows, SnapKV, ThinK, TrimmedLlama, ZipVL
-from trimming.engine import Completion, Image
+from trimming.engine import Completion, Engine, Image
 from trimming.engine.layers import computing_on
+from trimming.tower import Alike, Encoding, EViT, ToMe, TowerPolicy, Windows
 
 LEAST_FP32, LEAST_BF16 = 0.98, 0.8
 """Shares of the rows whose tokens must be the CPU's. In fp32 only a near tie may fall the other way."""
@@ -176,7 +177,8 @@ def _against_masks(subject: Subject, policy: Policy, rows: Rows) -> tuple[float,
     if rows == "meta":
         # What the two kinds of rows differ in is rows before the image.
         questions = [replace(q, tokens=q.tokens[q.tokens.index(subject.image_token) :]) for q in questions]
-    engine = subject.engine(policy, rows=rows)
+    # The model's own tower sends all of padding through.
+    engine = subject.engine(policy, rows=rows, tower_tiles="all")
     logits = record(engine)
     completions = answers(engine, questions, new_tokens=8)
     model = subject.model()
@@ -190,6 +192,48 @@ def _against_masks(subject: Subject, policy: Policy, rows: Rows) -> tuple[float,
         masked.append(error_of(found, wanted))
         unmasked.append(error_of(found, full))
     return max(masked), max(unmasked)
+
+
+@torch.inference_mode()
+def check_tower(subject: Subject) -> Result:
+    """The tower on the device, padding pooled, all rows and under its policies: the CPU's features in fp32, of images whose
+    rows went the same ways; and in bf16 no further from them than the tower that all of padding goes through from its own."""
+    images = [subject.image(index) for index in (0, 2, 3, 4)]
+    policies: list[TowerPolicy | None] = [None, Alike(0.5), EViT(0.5)] + ([] if subject.tiny else [ToMe(0.5), Windows(0.5)])
+    figures: Result = {"images": len(images), "difference": {}, "same_ways": {}, "bf16_error": {}}
+    faults = []
+
+    def features(engine: Engine) -> list[Encoding]:
+        with computing_on(engine.model.device):
+            return [engine.tower.encode([image]) for image in images]
+
+    def off(found: Sequence[Encoding], wanted: Sequence[Encoding]) -> tuple[list[float], int]:
+        ways = [(a.group, b.group) for a, b in zip(found, wanted, strict=True)]
+        same = [a is None or b is None or torch.equal(a.cpu(), b) for a, b in ways]
+        pairs = zip(found, wanted, same, strict=True)
+        return [error_of(a.features.float().cpu(), b.features) for a, b, fine in pairs if fine], sum(same)
+
+    every = KeepAll()
+    whole, _ = off(
+        features(subject.engine(every, "bfloat16", tower_tiles="all")), features(subject.reference(every, tower_tiles="all"))
+    )
+    for policy in policies:
+        name = "pooled" if policy is None else repr(policy)
+        wanted = features(subject.reference(every, tower_policy=policy))
+        errors, same = off(features(subject.engine(every, tower_policy=policy)), wanted)
+        rounded, _ = off(features(subject.engine(every, "bfloat16", tower_policy=policy)), wanted)
+        figures["difference"][name], figures["same_ways"][name] = max(errors, default=None), same
+        figures["bf16_error"][name] = [max(rounded, default=None), max(whole)]
+        # Who merges with whom may be decided by a hair.
+        if same < len(images) - 1:
+            faults.append(f"{name}: the rows of {len(images) - same} of {len(images)} images go other ways than on the CPU")
+        if not max(errors, default=0.0) <= MOST_ERROR:
+            faults.append(f"{name}: features are {max(errors):.1e} from the CPU's, over {MOST_ERROR:.0e}")
+        # Means by attention in bf16, as EViT's are, are off by more than sizes are.
+        sized = policy is None or policy.weighs
+        if sized and not max(rounded, default=0.0) <= MOST_BF16_ERROR * max(whole):
+            faults.append(f"{name} in bf16: {max(rounded):.1e} from fp32, over {MOST_BF16_ERROR} times {max(whole):.1e}")
+    return demand(faults, figures)
 
 
 def policy_family() -> list[Policy]:
