@@ -223,7 +223,8 @@ def _kept_options(config: RunConfig) -> dict[str, Any]:
     leave = {"job", *_OWN, "question_column" if config.job == "caption" else "prompt"}
     defaults = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(RunConfig)}
     decides = {"model": config.model, "revision": config.revision, **config.decides_output()}
-    return {name: value for name, value in decides.items() if name in defaults.keys() - leave and value != defaults[name]}
+    given = {name: value for name, value in decides.items() if name in defaults.keys() - leave}
+    return {name: value for name, value in given.items() if getattr(config, name) != defaults[name]}
 
 
 if __name__ == "__main__":

@@ -133,6 +133,31 @@ def test_a_calibration(
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_tower_policy_is_every_ks_and_all_features_see_the_whole_tower(
+    shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path
+) -> None:
+    out, own, tower = tmp_path / "out", tmp_path / "own", ["--tower-policy", "alike", "--tower-keep", "0.6"]
+    arguments = given(shards, out, checkpoint_folder, "--target-agreement", "0.1", "--measure", "edit_similarity", *tower)
+    assert calibrate.main(arguments) == 0
+    names = ("all", "k-1", "k-0.3", "k-0.05")
+    configs = [json.loads((out / f"runs/{name}/.run/run.json").read_text())["config"] for name in names]
+    assert [(c["tower_policy"], c["tower_keep"]) for c in configs] == [(None, None)] + [("alike", 0.6)] * 3
+    # Images go through each of the two towers once.
+    summaries = [json.loads((out / f"runs/{name}/.run/summary.json").read_text()) for name in names]
+    assert [s["images_encoded"] for s in summaries] == [ROWS // 3, ROWS // 3, 0, 0]
+    assert [s["mean_tower_keep_fraction"] for s in summaries] == [1.0, *[pytest.approx(0.6, abs=0.02)] * 3]
+    options = ["--input", str(shards), "--model", checkpoint_folder, "--max-new-tokens", "8", "--output", str(own)]
+    assert answer.main([*options, "--k-ratio", "0.3", *tower]) == 0
+    assert texts(out / "runs/k-0.3") == texts(own)
+    chosen = yaml.safe_load((out / "config.yaml").read_text())
+    assert (chosen["tower_policy"], chosen["tower_keep"]) == ("alike", 0.6)
+    assert "`alike` leaves 0.6 of its rows × layers for every K" in (out / "calibration.md").read_text()
+    refused = given(shards, tmp_path / "refused", checkpoint_folder, "--tower-policy", "alike", "--tower-keep", "0.1")
+    assert calibrate.main(refused) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_k_that_is_given_up_gets_no_more_rows(
     shards: Path, checkpoint_folder: str, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
