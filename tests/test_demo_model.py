@@ -19,6 +19,7 @@ from demo.shards import Row, easy_vqa_rows, scene_rows
 from demo.train import easy_vqa_texts
 from pipeline.prompts import Prompter
 from trimming import Clusters, KeepAll, Policy, Random, SampleTrim, TrimmedLlama, trim
+from trimming.tower import TowerTiles
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +87,28 @@ def test_the_second_answers_about_scenes_over_photographs_and_loses_little_to_me
     assert len(answerer.processor.tokenizer(longest.answer, add_special_tokens=False).input_ids) < MAX_NEW_TOKENS
 
 
+@pytest.mark.parametrize("tower_tiles", ["all", "pooled"])
 @pytest.mark.parametrize("policy", [KeepAll(), TrimmedLlama(k_ratio=0.25), Random(keep=0.4)], ids=repr)
-def test_the_engine_says_what_generate_says(answerer: Answerer, rows: list[Row], policy: Policy) -> None:
+def test_the_engine_says_what_generate_says(
+    answerer: Answerer, rows: list[Row], policy: Policy, tower_tiles: TowerTiles
+) -> None:
     """What the table measures is the method: against ``generate`` under ``trim``, one row at a time, on both data sets."""
     some = [*rows[:10], *rows[-48:]]
     model = MllamaForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
-    answered = list(answerer.answer(answerer.engine(policy, kept_sets="question"), some))
+    answered = list(answerer.answer(answerer.engine(policy, tower_tiles, kept_sets="question"), some))
     assert [a.row for a in answered] == some
     assert {a.tiles for a in answered} == {1, 2, 3, 4}
     for ours in answered:
-        text, sample = plain_answer(answerer, model, ours.row, policy)
+        text, sample = plain_answer(answerer, model, ours.row, policy, tower_tiles)
         assert ours.said.text == text
         assert ours.said.kept == sample.kept.tolist()
         assert ours.said.cross_kv_bytes == sample.cross_kv_bytes
         assert ours.said.cross_kv_bytes_full == sample.cross_kv_bytes_full
 
 
-def plain_answer(answerer: Answerer, model: MllamaForConditionalGeneration, row: Row, policy: Policy) -> tuple[str, SampleTrim]:
+def plain_answer(
+    answerer: Answerer, model: MllamaForConditionalGeneration, row: Row, policy: Policy, tower_tiles: TowerTiles
+) -> tuple[str, SampleTrim]:
     inputs = answerer.processor(
         images=[[Image.open(io.BytesIO(row.image)).convert("RGB")]],
         text=[Prompter(answerer.processor).text(row.question, images=1)],
@@ -110,7 +116,7 @@ def plain_answer(answerer: Answerer, model: MllamaForConditionalGeneration, row:
         return_tensors="pt",
     )
     # Under Meta's rows, as the weights were trained.
-    with torch.inference_mode(), trim(model, policy) as trimmed:
+    with torch.inference_mode(), trim(model, policy, tower_tiles=tower_tiles) as trimmed:
         trimmed.sample_ids = [row.id]
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     text: str = answerer.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

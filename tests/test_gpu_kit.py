@@ -72,9 +72,9 @@ def test_the_rehearsal_runs_every_section_without_what_the_machine_lacks(tmp_pat
     assert ratios["captioning_engine_over_peer"] > 0
     assert list(ratios["decode_roofline_share"]) == ["full", "half", "quarter"]
     assert {tiles: set(modes) for tiles, modes in ratios["tower_roofline_share"].items()} == {
-        "1": {"all", "real"},
-        "2": {"all", "real"},
-        "4": {"all"},
+        "1": {"pooled", "all", "real"},
+        "2": {"pooled", "all", "real"},
+        "4": {"pooled", "all"},
     }
     page = (output / "gpu.md").read_text()
     assert page in done.stdout
