@@ -31,10 +31,7 @@ SLOW = 1.25
 LINEAR, STATIC, REUSE, CONTINUOUS, TRIMMED, MERGED = "linear", "static", "reuse", "continuous", "trimmed", "merged"
 BY_QUESTION, LEAST, REAL = "by question", "least", "real"
 POOLED, TOWER, WHOLE = "pooled", "tower", "whole"
-TOWER_KEEP = 0.5
-HALF_TOWER = Alike(TOWER_KEEP)
-WHOLE_KEEP = 0.5
-BEHIND = Clusters(keep=WHOLE_KEEP)
+HALF_TOWER, BEHIND = Alike(0.5), Clusters(keep=0.5)
 """Half of the tower's rows × layers; and of what that leaves half the features, merged."""
 ONCE = (LINEAR, STATIC, REUSE, BY_QUESTION, LEAST, REAL)
 """Contenders that no ratio with a goal is made of: one pass is enough to see where the time goes."""

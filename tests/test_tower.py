@@ -45,8 +45,8 @@ from trimming import (
     ZipVL,
     trim,
 )
-from trimming.clustering import sorted_sums, sums_by
 from trimming.engine import Image
+from trimming.merging import sorted_sums, sums_by
 from trimming.tower import Alike, EViT, GridRows, RandomRows, ToMe, Tower, TowerPolicy, TowerTiles, Windows, padding_of
 from trimming.tower.layer import weighed_attention
 from trimming.tower.padding import POOLED_SIDE

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimming.merging import first_members, means_by, sums_by
+
 NEIGHBOURS = 5
 """Nearest features, itself among them, whose mean distance says how densely a feature's place is populated."""
 MAP_ELEMENTS = 1 << 20
@@ -114,8 +116,7 @@ def _renumbered(cluster: Tensor) -> Tensor:
     """(B, n) cluster numbers, any of 0 to n - 1, as numbers in the order of first members, without gaps."""
     batch, count = cluster.shape
     places = torch.arange(count, device=cluster.device).expand(batch, -1)
-    first = torch.full_like(cluster, count).scatter_reduce_(-1, cluster, places, "amin")
-    begins = first.gather(-1, cluster)
+    begins = first_members(cluster, count).gather(-1, cluster)
     # A first member opens the next number.
     return ((begins == places).cumsum(-1) - 1).gather(-1, begins)
 
@@ -140,47 +141,13 @@ def merge_clusters(features: Tensor, cluster: Tensor, sizes: Tensor | None = Non
     ``sizes`` (B, n) float32: how many each feature stands for already, if not for itself alone. The same on every run. Waits
     for the device once.
     """
-    batch, count = cluster.shape
+    count = cluster.shape[1]
     most = cluster.amax(-1) + 1
     counts: list[int] = most.tolist()
     flat = (cluster + (most.cumsum(0) - most)[:, None]).flatten()[None]
-    weights = features.new_ones(1, batch * count, 1, dtype=torch.float32) if sizes is None else sizes.reshape(1, -1, 1)
-    rows = features.flatten(0, 1)[None].float()
-    sums = sums_by(torch.cat([rows * weights, weights], -1), flat, sum(counts))[0]
-    means = (sums[:, :-1] / sums[:, -1:]).to(features.dtype)
-    places = torch.full((sum(counts),), batch * count, device=flat.device)
-    places = places.scatter_reduce_(0, flat[0], torch.arange(batch * count, device=flat.device), "amin") % count
-    parts = zip(means.split(counts), sums[:, -1].split(counts), places.split(counts), cluster, strict=True)
+    weights = torch.ones_like(flat, dtype=torch.float32) if sizes is None else sizes.reshape(1, -1)
+    means = means_by(features.flatten(0, 1)[None], weights, flat, sum(counts))[0]
+    members = sums_by(weights[..., None], flat, sum(counts))[0, :, 0]
+    places = first_members(flat, sum(counts))[0] % count
+    parts = zip(means.split(counts), members.split(counts), places.split(counts), cluster, strict=True)
     return [Clustered(*each) for each in parts]
-
-
-def sum_of_runs(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of runs of ``rows`` (n, …), one behind the other, of ``lengths`` (k,): (k, …) float32."""
-    # ``unsafe`` leaves out a look at the lengths, for which the host would wait.
-    return torch.segment_reduce(rows.float(), "sum", lengths=lengths, unsafe=True)
-
-
-def sums_by(rows: Tensor, into: Tensor, count: int) -> Tensor:
-    """(B, count, width) float32: sums of those of ``rows`` (B, n, width) that go ``into`` (B, n) each; −1 for none.
-
-    The same on every run: sums go in the order of rows, not by atomic additions as ``index_add`` has them on CUDA.
-    """
-    if rows.device.type != "cpu":
-        return sorted_sums(rows, into, count)
-    flat = _places(into, count)
-    sums = rows.new_zeros(len(rows) * (count + 1), rows.shape[-1], dtype=torch.float32)
-    return sums.index_add_(0, flat, rows.flatten(0, 1).float()).view(len(rows), count + 1, -1)[:, :count]
-
-
-def sorted_sums(rows: Tensor, into: Tensor, count: int) -> Tensor:
-    """``sums_by``, of rows that are sorted first."""
-    flat = _places(into, count)
-    lengths = torch.zeros(len(rows) * (count + 1), dtype=torch.long, device=into.device)
-    sums = sum_of_runs(rows.flatten(0, 1)[flat.argsort(stable=True)], lengths.index_add_(0, flat, torch.ones_like(flat)))
-    return sums.view(len(rows), count + 1, -1)[:, :count]
-
-
-def _places(into: Tensor, count: int) -> Tensor:
-    """(B × n,) long: of each row in all images' sums, one behind the other; those that go nowhere have a place of their own."""
-    images = torch.arange(len(into), device=into.device)[:, None] * (count + 1)
-    return (into.masked_fill(into < 0, count) + images).flatten()

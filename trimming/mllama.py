@@ -22,13 +22,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import eager_attention_forward
 
 from trimming.attention import summed_attention
-from trimming.clustering import Clustering, merge_clusters, sums_by
+from trimming.clustering import Clustering, merge_clusters
 from trimming.costs import Geometry
+from trimming.merging import first_members, follow, sums_by
 from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import merged, merged_into, ragged_index
 from trimming.tower import Encoding, Tower, TowerPolicy, TowerTiles
-from trimming.tower.rows import first_members, follow
 
 Rows = Literal["meta", "transformers"]
 
@@ -304,11 +304,11 @@ class _Surgery:
         looked = torch.zeros(firsts.shape, device=states.device)
         # An image that is missing has no arrangement, and no text that sees it.
         counts = (aspect_ratio_mask.sum(-1) * (aspect_ratio_ids > 0)).flatten()
+        cut, arranged = pixel_values.flatten(0, 1), aspect_ratio_ids.flatten().tolist()
         for count in range(1, tiles + 1):
             own = (counts == count).nonzero()[:, 0]
             if not len(own):
                 continue
-            cut, arranged = pixel_values.flatten(0, 1), aspect_ratio_ids.flatten().tolist()
             pictures = [_Picture(f"{ids[i // images]}/{i % images}", cut[i, :count], arranged[i]) for i in own.tolist()]
             seen = self.tower.see(pictures, look="class_attention" in self.policy.looks_at)
             self.spread(seen, own, count * tokens, states, firsts, sizes, looked)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimming.attention import CHUNK_ELEMENTS
-from trimming.clustering import sum_of_runs
+from trimming.merging import sorted_sums
 
 
 def ratio_budget(ratio: float, valid: Tensor) -> Tensor:
@@ -89,8 +89,7 @@ def ragged_index(keep: Tensor) -> tuple[Tensor, Tensor]:
 def merged(features: Tensor, sizes: Tensor, targets: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """``features`` with every kept row replaced by the mean of itself and the rows that are merged into it.
 
-    Averages of features rather than of keys: a mean of normed keys is shorter than each of them. The same on every run: sums
-    go in the order of rows, not by atomic additions as ``index_add`` has them on CUDA.
+    Averages of features rather than of keys: a mean of normed keys is shorter than each of them. The same on every run.
 
     Args:
         features: (N, width).
@@ -102,12 +101,10 @@ def merged(features: Tensor, sizes: Tensor, targets: Tensor, keep: Tensor) -> tu
         (N, width) and (N,) float32; rows that are not kept come back as they are.
     """
     own = torch.arange(len(features), device=features.device)
-    into = torch.where((targets >= 0) & ~keep, targets, own)
-    order = into.argsort(stable=True)
-    lengths = torch.zeros_like(own).index_add_(0, into, torch.ones_like(own))
-    weights = sum_of_runs(sizes[order], lengths)
-    means = (sum_of_runs(features[order].float() * sizes[order, None], lengths) / weights[:, None]).to(features.dtype)
-    return torch.where(keep[:, None], means, features), torch.where(keep, weights, sizes)
+    into = torch.where((targets >= 0) & ~keep, targets, own)[None]
+    weights = sorted_sums(sizes[None, :, None], into, len(own))[0]
+    means = (sorted_sums((features.float() * sizes[:, None])[None], into, len(own))[0] / weights).to(features.dtype)
+    return torch.where(keep[:, None], means, features), torch.where(keep, weights[:, 0], sizes)
 
 
 def merged_into(real: Tensor, firsts: Tensor, keep: Tensor, targets: Tensor | None) -> Tensor:

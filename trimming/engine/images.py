@@ -7,10 +7,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from trimming.clustering import Clustering, merge_clusters, sums_by
+from trimming.clustering import Clustering, merge_clusters
 from trimming.engine.sequence import Encoded, Members
+from trimming.merging import first_members, follow, sums_by
 from trimming.tower import Encoding, TowerPolicy
-from trimming.tower.rows import first_members, follow
 
 
 def encoded_images(tiles: int, encoding: Encoding, clustering: Clustering | None) -> list[Encoded]:

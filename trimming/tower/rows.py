@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimming.clustering import sums_by
+from trimming.merging import first_members, follow, means_by, sums_by
 from trimming.tower.padding import Padding
 from trimming.tower.policy import TowerPolicy, TowerRows
 
@@ -155,31 +155,10 @@ class Rows:
             self.bias = torch.cat([own, self._padding_bias.expand(len(own), -1)], 1)
 
 
-def means_by(rows: Tensor, weights: Tensor, into: Tensor, count: int) -> Tensor:
-    """(B, count, width), in the rows' own type: means of ``rows`` (B, n, width) by ``weights`` (B, n) float32, of those that go
-    ``into`` (B, n) each; −1 for none."""
-    weighed = torch.cat([rows.float() * weights[..., None], weights[..., None]], -1)
-    sums = sums_by(weighed, into, count)
-    return (sums[..., :-1] / sums[..., -1:]).to(rows.dtype)
-
-
-def first_members(into: Tensor, count: int) -> Tensor:
-    """(B, count) long: the first of those that go ``into`` (B, n) each of ``count``; every one has some."""
-    batch, rows = into.shape
-    places = torch.arange(rows, device=into.device).expand(batch, -1)
-    found = torch.full((batch, count + 1), rows, device=into.device)
-    return found.scatter_reduce_(1, into.masked_fill(into < 0, count), places, "amin")[:, :count]
-
-
 def _in_order(number: Tensor, count: int) -> Tensor:
     """(B, n) numbers below ``count`` or −1, as numbers in the order of first members."""
     rank = first_members(number, count).argsort(1).argsort(1)
     return rank.gather(1, number.clamp(min=0)).masked_fill(number < 0, -1)
-
-
-def follow(group: Tensor, into: Tensor) -> Tensor:
-    """(B, n) long: where rows are that went into ``group`` (B, n), or −1 for none, and then ``into`` (B, m) of these."""
-    return into.gather(1, group.clamp(min=0)).masked_fill(group < 0, -1)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

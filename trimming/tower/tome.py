@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimming.attention import CHUNK_ELEMENTS
-from trimming.clustering import sums_by
+from trimming.merging import follow, means_by, sums_by
 from trimming.tower.policy import Look, TowerPolicy, TowerRows
-from trimming.tower.rows import follow, means_by
 
 
 @dataclass(frozen=True)

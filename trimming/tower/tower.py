@@ -96,6 +96,7 @@ class Tower:
         self.max_ratio_id: int = model.config.vision_config.max_aspect_ratio_id
         self._layers = [*self.vision.transformer.layers, *self.vision.global_transformer.layers]
         self._local = len(self.vision.transformer.layers)
+        # A share that can't be reached is refused now.
         self.plan(1)
 
     def under(self, policy: TowerPolicy | None) -> Tower:
