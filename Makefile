@@ -71,7 +71,7 @@ gpu-rehearsal: .venv ## the same on a CPU with a tiny model: shows that every se
 answer-inputs: .venv ## make the GPU kit's questions and the CPU's answers to them anew (a minute)
 	$(BIN)/python -m benchmarks.gpu.answer_inputs
 
-pareto: .venv ## measure every policy, fewer tiles and lower resolution at equal held bytes, and draw quality against bytes and time (an hour; resumable)
+pareto: .venv ## measure every policy at equal held bytes, and every way through the tower end to end, and draw quality against bytes, time and images/s (an hour and a half; resumable)
 	$(BIN)/python -m benchmarks.pareto --output benchmarks/results
 
 browser: ## install Debian's Chromium, in which tests open the report, where it is missing and apt may be used

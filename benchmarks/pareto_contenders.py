@@ -1,4 +1,4 @@
-"""Who takes part in ``make pareto``: a new policy is one line in ``POLICIES``."""
+"""Who takes part in ``make pareto``: a new policy is one line in ``POLICIES``, a new way through the tower one in ``WAYS``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trimming import (
     ElasticCache,
     FastV,
     Grid,
+    KeepAll,
     Policy,
     Random,
     SnapKV,
@@ -22,6 +23,7 @@ from trimming import (
     ZipVL,
 )
 from trimming.engine import KeptSets
+from trimming.tower import Alike, EViT, GridRows, RandomRows, ToMe, TowerPolicy, TowerTiles, Windows
 
 TARGETS = (0.5, 0.3, 0.15, 0.05)
 """Shares that are asked for of what is held with all features: the most bytes of images' keys and values at once."""
@@ -87,12 +89,14 @@ CONTENDERS = tuple(each for one in POLICIES for each in both(one))
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How images come to the model; all features of a view are kept, or a policy's."""
+    """How images come to the model and go through its tower; all features of a view are kept, or a policy's."""
 
     max_tiles: int | None = None
     """Most tiles an image is cut into; None: the model's own."""
     scale: float = 1.0
     """Of both sides, before the image is cut."""
+    tower_tiles: TowerTiles = "pooled"
+    tower_policy: TowerPolicy | None = None
 
     @property
     def name(self) -> str:
@@ -103,3 +107,42 @@ class View:
 
 WHOLE = View()
 FEWER_TILES = (View(max_tiles=3), View(max_tiles=2), View(max_tiles=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """From images' files to texts: what is timed with its tower, since the tower is what it saves."""
+
+    name: str
+    """Of the line that it is a point of."""
+    parameter: float | None = None
+    view: View = WHOLE
+    policy: Policy = KeepAll()  # noqa: RUF009 - frozen
+
+    @classmethod
+    def through(cls, name: str, policy: TowerPolicy, behind: Policy = KeepAll()) -> Way:  # noqa: B008 - frozen
+        return cls(name, policy.keep, View(tower_policy=policy), behind)
+
+
+ALL_ROWS, OURS, REAL, FEWER = "all rows", "alike", "real tiles", "fewer tiles"
+BEHIND = f"{OURS}, then clusters"
+RIVALS = (REAL, FEWER)
+"""What these lines are compared with at equal images/s: each of theirs with the slowest of ours that is as fast."""
+CHALLENGERS = (OURS, BEHIND)
+WAYS = (
+    Way(ALL_ROWS, view=View(tower_tiles="all")),
+    # With padding pooled and nothing merged, the line's own end.
+    Way(OURS, 1.0),
+    *(Way.through(OURS, Alike(keep)) for keep in (0.7, 0.6, 0.53, 0.5, 0.45, 0.4)),
+    *(Way.through(BEHIND, Alike(keep), Clusters(keep=0.5)) for keep in (0.7, 0.53, 0.45)),
+    Way.through("alike, not weighted", Alike(0.53, weighted=False)),
+    *(Way.through("tome", ToMe(keep)) for keep in (0.7, 0.53, 0.45)),
+    *(Way.through("windows", Windows(keep)) for keep in (0.7, 0.53)),
+    *(Way.through("evit", EViT(keep)) for keep in (0.7, 0.53)),
+    *(Way.through("random rows", RandomRows(keep)) for keep in (0.7, 0.53)),
+    *(Way.through("grid rows", GridRows(keep)) for keep in (0.7, 0.53)),
+    Way(REAL, view=View(tower_tiles="real")),
+    *(Way(FEWER, view.max_tiles, view) for view in FEWER_TILES),
+    *(Way(REFERENCE, k, policy=TrimmedLlama(k_ratio=k)) for k in (0.25, 0.1)),
+    *(Way("clusters, a share", keep, policy=Clusters(keep=keep)) for keep in (0.5, 0.1)),
+)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from benchmarks.pareto_contenders import CLOSE
+from benchmarks.pareto_scores import ALL
+from benchmarks.pareto_speed_page import ABOUT, speed
+from benchmarks.pareto_words import Point, Report, interval, percent, plus_minus
 from demo.table import row
 
-Report = dict[str, Any]
-Point = dict[str, Any]
-ALL = "all"
 KINDS_AT = 0.15
 """The share at which kinds of questions have a table of their own."""
 NONE = "–"
@@ -33,6 +32,12 @@ def markdown(report: Report) -> str:
         "![Quality against bytes held over time](pareto-byte-seconds.svg)",
         "",
         "![Quality against seconds](pareto-time.svg)",
+        "",
+        ABOUT,
+        "",
+        "![Quality against images a second, end to end](pareto-speed.svg)",
+        "",
+        "![Quality against the most bytes held at once, by ways through the tower](pareto-tower-kv.svg)",
     ]
     for name, data in report["sets"].items():
         lines += ["", f"## {name}", "", f"{data['rows']:,} questions on {data['images']:,} images.", ""]
@@ -49,6 +54,7 @@ def markdown(report: Report) -> str:
         lines += kinds(report, data, target)
         lines += rivals(report, data)
         lines += ["", *said(report, data)]
+        lines += ["", f"### End to end: {name}", "", *speed(data)]
     lines += ["", "## Better than the reference", "", *better(report), "", *conditions(report)]
     return "\n".join(lines) + "\n"
 
@@ -275,19 +281,6 @@ def measured(data: Report, point: Point) -> str:
     return f"{percent(point['share'])} · {percent(over_time)} · {milliseconds(point)}"
 
 
-def plus_minus(found: Report) -> str:
-    half = None if found["low"] is None else (found["high"] - found["low"]) / 2
-    return percent(found["value"]) + ("" if half is None else f" ± {percent(half)}")
-
-
-def interval(found: Report) -> str:
-    """A difference in points, with its interval."""
-    value = f"{100 * found['value']:+.1f}"
-    if found["low"] is not None:
-        value += f" ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
-    return value.replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
-
-
 def opposite(found: Report) -> Report:
     ends = (None, None) if found["low"] is None else (-found["high"], -found["low"])
     return {"value": -found["value"], "low": ends[0], "high": ends[1]}
@@ -295,7 +288,3 @@ def opposite(found: Report) -> Report:
 
 def milliseconds(point: Point) -> str:
     return f"{point['ms_per_row']['both']:.2f}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"

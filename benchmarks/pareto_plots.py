@@ -1,4 +1,5 @@
-"""Quality against held bytes, bytes held over time, and seconds: a plot each, the data sets side by side.
+"""Quality against held bytes, bytes held over time, and seconds; and of ways through the tower, timed end to end, against
+images/s and held bytes: a plot each, the data sets side by side.
 
 A line's dash says where its policy looks, its colour and marker which one it is, hollow where each question keeps a set of its
 own; every line is also named at its end.
@@ -11,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pareto_contenders import BY_QUESTION
-from benchmarks.pareto_page import ALL, Point, Report
+from benchmarks.pareto_contenders import ALL_ROWS, BEHIND, BY_QUESTION, FEWER, OURS, REAL
+from benchmarks.pareto_scores import ALL
+from benchmarks.pareto_words import Point, Report
 from jobs.comparison.drawing import INK, Drawing, as_file
 
 if TYPE_CHECKING:
@@ -48,32 +50,62 @@ LOOKS = {
     "think": Look("#6a3d9a", "d", OTHER),
     "random": Look(GREY, "x", OTHER),
     "grid": Look(GREY, "+", OTHER),
-    "fewer tiles": Look("#4d4d4d", "<", (0, (8, 2))),
+    FEWER: Look("#4d4d4d", "<", (0, (8, 2))),
     "lower resolution": Look("#4d4d4d", ">", (0, (8, 2))),
+    ALL_ROWS: Look(INK, "*"),
+    REAL: Look("#4d4d4d", "H", (0, (8, 2))),
+    OURS: Look("#008b8b", "o"),
+    BEHIND: Look("#0072b2", "D"),
+    "alike, not weighted": Look("#40c4c4", "p"),
+    "tome": Look("#d55e00", "s", EACH_LAYER),
+    "windows": Look("#e69f00", "v", EACH_LAYER),
+    "evit": Look("#cc79a7", "P", FEATURES),
+    "random rows": Look(GREY, "x", OTHER),
+    "grid rows": Look(GREY, "+", OTHER),
 }
 OWN = (Look("#d55e00", "p"), Look("#0072b2", "8"), Look("#009e73", "H"), Look("#cc79a7", "*"))
 """For contenders without a look of their own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Across:
+    """What a plot's horizontal axis shows."""
+
+    text: str
+    place: Callable[[Point], float]
+    end_to_end: bool = False
+    """Whether its points are those timed from images' files on."""
+    more_is_better: bool = False
+
+
 def plots(report: Report) -> dict[str, str]:
     """SVG by name."""
-    axes: dict[str, tuple[str, Callable[[Point], float]]] = {
-        "pareto-kv": ("cross KV held at once, MB (log scale)", lambda point: point["held_bytes"] / 1e6),
-        "pareto-byte-seconds": (
+    axes = {
+        "pareto-kv": Across("cross KV held at once, MB (log scale)", held_megabytes),
+        "pareto-byte-seconds": Across(
             "cross KV held over time per question, kB s (log scale)",
             lambda point: point["held_byte_seconds_per_row"] / 1e3,
         ),
-        "pareto-time": (
+        "pareto-time": Across(
             "prefill and decoding per question, ms (log scale; CPU, fp32)",
             lambda point: point["ms_per_row"]["both"],
         ),
+        "pareto-speed": Across(
+            "images/s, end to end (log scale; CPU, fp32)", lambda point: point["images_per_second"], True, more_is_better=True
+        ),
+        "pareto-tower-kv": Across("cross KV held at once, MB (log scale)", held_megabytes, True),
     }
-    return {name: figure(report, name, across, place) for name, (across, place) in axes.items()}
+    return {name: figure(report, name, across) for name, across in axes.items()}
 
 
-def figure(report: Report, name: str, across: str, place: Callable[[Point], float]) -> str:
-    """One plot for each data set, two abreast: a line a contender, with intervals, and its name at the end where least is kept;
-    of one set a question hollow, and named as the full one."""
+def held_megabytes(point: Point) -> float:
+    return point["held_bytes"] / 1e6
+
+
+def figure(report: Report, name: str, across: Across) -> str:
+    """One plot for each data set, two abreast: a line a contender, with intervals, and its name at its cheapest end; of one
+    set a question hollow, and named as the full one."""
+    place = across.place
     sets = report["sets"]
     with ExitStack() as stack:
         columns = min(2, len(sets))
@@ -86,7 +118,7 @@ def figure(report: Report, name: str, across: str, place: Callable[[Point], floa
         handles: dict[str, Any] = {}
         for axes, (title, data) in zip(places, sets.items(), strict=False):
             axes.patch.set_alpha(0)
-            series = lines(report, data)
+            series = lines(report, data, across)
             ends = []
             for contender, points in series.items():
                 hollow = contender.endswith(BY_QUESTION)
@@ -94,29 +126,37 @@ def figure(report: Report, name: str, across: str, place: Callable[[Point], floa
                 if hollow:
                     continue
                 handles[contender] = drawn
-                if contender != "all features":
+                if contender not in ("all features", ALL_ROWS):
                     ends.append((contender, place(points[-1]), points[-1]["accuracy"][ALL]["value"]))
-            scale(axes, [point for points in series.values() for point in points], place)
+            scale(axes, [point for points in series.values() for point in points], across)
             axes.set_title(f"{title}, {data['rows']:,} questions", fontsize=10.5, loc="left")
-            axes.set_xlabel(across)
-            axes.set_ylabel("right answers (scale of errors; hollow: a kept set a question)")
-            name_ends(axes, report, ends)
+            axes.set_xlabel(across.text)
+            hollow_is = "" if across.end_to_end else "; hollow: a kept set a question"
+            axes.set_ylabel(f"right answers (scale of errors{hollow_is})")
+            name_ends(axes, report, ends, across.more_is_better)
         whole.legend(
             handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3.2, columnspacing=1.6
         )
-        text = f"Right answers against {across}, with 95 % intervals. " + "; ".join(
+        text = f"Right answers against {across.text}, with 95 % intervals. " + "; ".join(
             f"{title}: "
             + ", ".join(f"{c} {p['accuracy'][ALL]['value']:.1%} at {place(p):.3g}" for c, ps in s.items() for p in ps)
-            for title, s in ((title, lines(report, data)) for title, data in sets.items())
+            for title, s in ((title, lines(report, data, across)) for title, data in sets.items())
         )
         return as_file(made(name, text))
 
 
-def lines(report: Report, data: Report) -> dict[str, list[Point]]:
-    """Points by contender, the most bytes first; of the reference also those that match fewer tiles."""
-    names = ["all features", *report["contenders"], "fewer tiles", "lower resolution"]
-    found = {name: [point for point in data["points"] if point["contender"] == name] for name in names}
-    return {name: sorted(points, key=lambda each: -each["share"]) for name, points in found.items() if points}
+def lines(report: Report, data: Report, across: Across) -> dict[str, list[Point]]:
+    """Points by contender, the dearest first; of the reference also those that match fewer tiles."""
+    points = data["end_to_end"]["points"] if across.end_to_end else data["points"]
+    order = ["all features", *report["contenders"], FEWER, "lower resolution"]
+    names = dict.fromkeys(point["contender"] for point in points) if across.end_to_end else order
+    found = {name: [point for point in points if point["contender"] == name] for name in names}
+    # Not by what was timed, which may cross.
+    return {
+        name: sorted(points, key=lambda each: (-each.get("tower_keep_fraction", 1), -each["share"]))
+        for name, points in found.items()
+        if points
+    }
 
 
 def look(report: Report, contender: str) -> Look:
@@ -149,7 +189,7 @@ def draw(axes: Axes, style: Look, points: list[Point], place: Callable[[Point], 
     )
 
 
-def scale(axes: Axes, points: list[Point], place: Callable[[Point], float]) -> None:
+def scale(axes: Axes, points: list[Point], across: Across) -> None:
     """Both axes: logarithmic in cost, and in errors, so that 99 % stands as far from 98 % as 90 % from 80 %."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -177,18 +217,18 @@ def scale(axes: Axes, points: list[Point], place: Callable[[Point], float]) -> N
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     axes.set_xscale("log")
-    xs = [place(point) for point in points]
+    xs = [across.place(point) for point in points]
     names = (max(xs) / min(xs)) ** 0.34
-    axes.set_xlim(min(xs) / names, max(xs) * 1.12)
+    axes.set_xlim(*(min(xs) / 1.12, max(xs) * names) if across.more_is_better else (min(xs) / names, max(xs) * 1.12))
     round_ones = [s * 10.0**p for p in range(-3, 5) for s in (1, 1.5, 2, 3, 5, 7)]
-    axes.xaxis.set_major_locator(FixedLocator([x for x in round_ones if min(xs) / 1.2 <= x <= max(xs) * 1.12]))
+    axes.xaxis.set_major_locator(FixedLocator([x for x in round_ones if min(xs) / 1.12 <= x <= max(xs) * 1.12]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.grid()
 
 
-def name_ends(axes: Axes, report: Report, ends: list[tuple[str, float, float]]) -> None:
-    """Names lines at the plot's left edge, moved apart, each with a hair line to its last point."""
+def name_ends(axes: Axes, report: Report, ends: list[tuple[str, float, float]], right: bool) -> None:
+    """Names lines at the plot's left edge, or its ``right``, moved apart, each with a hair line to its last point."""
     figure = axes.figure
     figure.canvas.draw()
     box = axes.get_window_extent()
@@ -204,9 +244,10 @@ def name_ends(axes: Axes, report: Report, ends: list[tuple[str, float, float]]) 
         axes.annotate(
             contender,
             (x, y),
-            (0.01, spot),
+            (0.99 if right else 0.01, spot),
             textcoords="axes fraction",
             fontsize=8.5,
+            ha="right" if right else "left",
             va="center",
             color=look(report, contender).colour,
             arrowprops={

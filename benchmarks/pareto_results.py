@@ -6,18 +6,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from benchmarks.pareto_contenders import CLOSE, CONTENDERS, REFERENCE, TARGETS
 from benchmarks.pareto_run import Cell, Entry, Study
+from benchmarks.pareto_scores import Result, Scores
+from benchmarks.pareto_speed import end_to_end
 from demo.shards import Row
 from demo.table import conditions, sha256
-from jobs.comparison.bootstrap import Clusters, difference, score
-
-ALL = "all"
-"""The name of all kinds together."""
-
-Result = dict[str, Any]
 
 
 def result(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], None]) -> Result:
@@ -25,10 +19,13 @@ def result(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], 
     sets = {}
     for study, entries in plans:
         say(f"{study.data.name}: intervals")
-        points = [point(entry, study.cells(entry)) for entry in entries]
+        at_equal_bytes = [entry for entry in entries if not entry.end_to_end]
+        ways = [entry for entry in entries if entry.end_to_end]
+        points = [point(entry, study.cells(entry)) for entry in at_equal_bytes]
         sets[study.data.name] = {
             **compared(points, study.data.rows),
-            "tower_ms_per_image": towers(study, entries),
+            "tower_ms_per_image": towers(study, at_equal_bytes),
+            "end_to_end": end_to_end(ways, [study.cells(entry) for entry in ways], study.data.rows),
             "model_sha256": sha256(study.bench.weights),
         }
     report = {
@@ -86,37 +83,28 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
     Each point gets its accuracy by kind; what is to be compared is compared pair by pair, row for row: each with the reference,
     and at every target, among those that held as much as the reference, with each control and with the best.
     """
-    images = np.unique([row.path for row in rows], return_inverse=True)[1]
-    kinds = np.array([row.kind for row in rows])
-    masks = {ALL: np.ones(len(rows), bool), **{kind: kinds == kind for kind in sorted(set(kinds))}}
-    right = [np.frombuffer(point.pop("right").encode(), np.uint8) - 48.0 for point in points]
-
-    def by_kind(values: np.ndarray, measure: Callable[[Clusters], Result]) -> Result:
-        return {kind: measure(of_kind(values, kind)) for kind in masks}
-
-    def of_kind(values: np.ndarray, kind: str) -> Clusters:
-        return Clusters.of(images[masks[kind]], values[masks[kind]])
+    scores = Scores(rows)
+    right = [scores.right(point.pop("right")) for point in points]
 
     full = points[0]["held_bytes"]
     for one, values in zip(points, right, strict=True):
         one["share"] = one["held_bytes"] / full
-        one["accuracy"] = by_kind(values, lambda clusters: short(score(clusters).as_dict()))
+        one["accuracy"] = scores.share(values)
 
     def against(one: int, other: int) -> Result:
-        return by_kind(right[one] - right[other], lambda clusters: short(difference(clusters, "quality")))
+        return scores.less(right[one], right[other])
 
     fractions = []
     for target in sorted({one["target"] for one in points if one["target"] is not None}, reverse=True):
         here = {one["contender"]: number for number, one in enumerate(points) if one["target"] == target}
         reference = points[here[REFERENCE]]
         equal = {name: number for name, number in here.items() if held_equally(points[number], reference)}
-        best = {k: max(equal.values(), key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in masks}  # type: ignore[misc]
+        best = {k: max(equal.values(), key=lambda n, k=k: points[n]["accuracy"][k]["value"]) for k in scores.masks}  # type: ignore[misc]
         for number in equal.values():
             one = points[number]
             others = [name for name in controls() if name in equal and name != one["contender"]]
             one["against_controls"] = {name: against(number, equal[name]) for name in others}
-            behind = {kind: of_kind(right[number] - right[best[kind]], kind) for kind in masks}
-            one["against_best"] = {kind: short(difference(clusters, "quality")) for kind, clusters in behind.items()}
+            one["against_best"] = {kind: scores.less_in(kind, right[number], right[best[kind]]) for kind in scores.masks}
         best_names = {kind: points[number]["contender"] for kind, number in best.items()}
         fractions.append({"target": target, "share": reference["share"], "best": best_names})
     references = [number for number, one in enumerate(points) if one["contender"] == REFERENCE]
@@ -135,16 +123,11 @@ def compared(points: list[Result], rows: Sequence[Row]) -> Result:
         points[number]["against_all_features"] = against(number, 0)
     return {
         "rows": len(rows),
-        "images": len(set(images.tolist())),
-        "kinds": {kind: int(mask.sum()) for kind, mask in masks.items()},
+        "images": len({row.path for row in rows}),
+        "kinds": {kind: int(mask.sum()) for kind, mask in scores.masks.items()},
         "fractions": fractions,
         "points": points,
     }
-
-
-def short(found: Result) -> Result:
-    """Without how many rows and images there are, which the data set says."""
-    return {name: value for name, value in found.items() if name not in ("rows", "clusters")}
 
 
 def rounded(value: Any) -> Any:

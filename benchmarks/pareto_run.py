@@ -1,16 +1,19 @@
 """Answering the demo's questions under one policy after another: cells of work, each measured once and kept in a journal.
 
-A cell is one policy, at one view of the images, on one block of a data set. A block's cells run one after the other in an order
+A cell is one policy, at one view of the images, on one block of a data set: at equal held bytes with images that the tower has
+seen before, or end to end, from files to texts. A block's cells run one after the other in an order
 of their own, so that a machine that grows faster or slower favours no policy. The journal has a line for each cell, keyed by a
 digest of what decides it: the model, the rows, the policy and the code.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
 import random
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.pareto_contenders import CLOSE, CONTENDERS, FEWER_TILES, REFERENCE, TARGETS, WHOLE, Contender, View
-from demo.answerer import Answerer
+from benchmarks.pareto_contenders import CLOSE, CONTENDERS, FEWER_TILES, REFERENCE, TARGETS, WAYS, WHOLE, Contender, View, Way
+from demo.answerer import LIMITS, Answerer
 from demo.shards import Row
 from demo.table import ROOT, code, sha256
 from pipeline.engine import Engine, Prompt
@@ -29,6 +32,7 @@ from pipeline.images import Tiler, Tiles, digest
 from pipeline.pictures import decode
 from trimming import KeepAll, Policy, ThinK, VisionZip
 from trimming.engine import KeptSets
+from trimming.engine.images import ImageCache
 
 TOLERANCE, TRIES = 0.004, 12
 """A search ends at a share this near, or after as many passes over a block,"""
@@ -90,31 +94,44 @@ class Bench:
         """Encodes each image that is new, so that no policy pays for it, with the tower's attention, which one policy looks at.
         How many, and the tower's seconds."""
         new = {key: row for row in rows if (key := (digest(row.image), view)) not in self._seen}
-        cell = self._answers(VisionZip(0.5), list(new.values()), view)
+        cell = self._answers(self.engine(VisionZip(0.5), "image"), list(new.values()), view, self._tiles)
         self._seen.update(new)
         return {name: cell[name] for name in ("images_encoded", "tower")}
 
     def answers(self, policy: Policy, rows: Sequence[Row], view: View, kept_sets: KeptSets = "image") -> Cell:
         self.see(rows, view)
-        return self._answers(policy, rows, view, kept_sets)
+        return self._answers(self.engine(policy, kept_sets), rows, view, self._tiles)
 
-    def _answers(self, policy: Policy, rows: Sequence[Row], view: View, kept_sets: KeptSets = "image") -> Cell:
+    def end_to_end(self, policy: Policy, rows: Sequence[Row], view: View) -> Cell:
+        """The rows with nothing known of their images: each is decoded, cut and sent through the tower once, for all questions
+        about it, by an engine of its own, whose making is not timed."""
+        engine = self.answerer.engine(policy, view.tower_tiles, tower_policy=view.tower_policy)
+        engine.batch.images = ImageCache(LIMITS.image_cache_bytes)
+        # No cell pays for the last one's garbage.
+        gc.collect()
+        return self._answers(engine, rows, view, {})
+
+    def _answers(self, engine: Engine, rows: Sequence[Row], view: View, known: dict[tuple[str, View], Tiles]) -> Cell:
         """What the rows came to: right or wrong as a string of 1 and 0, the images' keys and values that were held (the most
-        bytes at once, and bytes times seconds), tokens and seconds of all of them."""
-        engine = self.engine(policy, kept_sets)
-        prompts = [self._prompt(row, view) for row in rows]
+        bytes at once, and bytes times seconds), the shares that were kept, tokens and seconds of all of them. ``known`` has
+        images that were cut before, and gets those that were not."""
         engine.batch.reset_statistics()
         began = time.perf_counter()
+        prompts = [self._prompt(row, view, known) for row in rows]
+        prepared = time.perf_counter()
         said = engine.generate(prompts)
-        wall = time.perf_counter() - began
+        wall = time.perf_counter() - prepared
         return {
-            "policy": repr(policy),
+            "policy": repr(engine.batch.policy),
             "rows": len(rows),
             "right": "".join("01"[answer.text == row.answer] for answer, row in zip(said, rows, strict=True)),
             "held_bytes": engine.batch.statistics.peak_cross_kv_bytes,
             "held_byte_seconds": engine.batch.statistics.cross_kv_byte_seconds,
             "output_tokens": sum(answer.output_tokens for answer in said),
             "images_encoded": engine.batch.statistics.images_encoded,
+            "keep_fraction": statistics.fmean(answer.keep_fraction or 0.0 for answer in said) if said else 0.0,
+            "tower_keep_fraction": statistics.fmean(answer.tower_keep_fraction or 0.0 for answer in said) if said else 0.0,
+            "preparing": round(prepared - began, 4),
             **{name: round(engine.batch.seconds[name], 4) for name in ("tower", "prefill", "decode")},
             "wall": round(wall, 4),
         }
@@ -136,14 +153,14 @@ class Bench:
             self._tilers[view.max_tiles] = Tiler(self.answerer.processor, view.max_tiles, model_tiles)
         return self._tilers[view.max_tiles]
 
-    def _prompt(self, row: Row, view: View) -> Prompt:
+    def _prompt(self, row: Row, view: View, known: dict[tuple[str, View], Tiles]) -> Prompt:
         key = (digest(row.image), view)
-        if key not in self._tiles:
+        if key not in known:
             image = decode(row.image)
             if view.scale != 1:
                 image = image.resize(scaled(image.size, view.scale), Image.Resampling.LANCZOS)
-            self._tiles[key] = self._tiler(view)(image)
-        return Prompt(row.id, self.answerer.tokens(row.question, 1), [self._tiles[key]], [f"{key[0]} {view}"])
+            known[key] = self._tiler(view)(image)
+        return Prompt(row.id, self.answerer.tokens(row.question, 1), [known[key]], [f"{key[0]} {view}"])
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -197,7 +214,7 @@ class Entry:
     """One point of the plots."""
 
     contender: str
-    """Also ``all features``, ``fewer tiles`` and ``lower resolution``."""
+    """Also ``all features``, ``fewer tiles`` and ``lower resolution``; end to end the name of a way."""
     target: float | None
     """The share that was asked for; None for what comes at a share of its own."""
     share: float
@@ -206,6 +223,8 @@ class Entry:
     parameter: float | None = None
     view: View = WHOLE
     kept_sets: KeptSets = "image"
+    end_to_end: bool = False
+    """Timed from images' files on."""
 
 
 class Study:
@@ -222,8 +241,13 @@ class Study:
         for policy in (KeepAll(), *(contender.make(0.5) for contender in CONTENDERS)):
             self._code(policy)
 
-    def plan(self, contenders: Sequence[Contender] = CONTENDERS, targets: Sequence[float] = TARGETS) -> list[Entry]:
-        """All entries, with their parameters found.
+    def plan(
+        self,
+        contenders: Sequence[Contender] = CONTENDERS,
+        targets: Sequence[float] = TARGETS,
+        ways: Sequence[Way] = WAYS,
+    ) -> list[Entry]:
+        """All entries, with their parameters found: at equal held bytes, then end to end.
 
         The reference comes as near to each target as its data let it (one tile has 65 features, and each head takes a whole
         number of them); the others are matched to what it came to, and so does it to what fewer tiles came to.
@@ -245,7 +269,7 @@ class Study:
                 k, share = self.find(reference, rival.share)
                 had.append(share)
                 entries.append(Entry(REFERENCE, None, share, reference.make(k), k))
-        return entries
+        return entries + [Entry(w.name, None, 1.0, w.policy, w.parameter, w.view, end_to_end=True) for w in ways]
 
     def rivals(self, reached: dict[float, tuple[float, float]]) -> Iterator[Entry]:
         """Fewer tiles, and images shrunk to each of the reference's shares that can be had and to the least there is."""
@@ -305,6 +329,8 @@ class Study:
 
     def measure(self, entry: Entry, block: int) -> Cell:
         rows = self.data.block(block)
+        if entry.end_to_end:
+            return self.journal.once(self.key(entry, block), lambda: self.bench.end_to_end(entry.policy, rows, entry.view))
         self.journal.once(self._key("tower", entry.view, block), lambda: self.bench.see(rows, entry.view))
         return self.journal.once(
             self.key(entry, block), lambda: self.bench.answers(entry.policy, rows, entry.view, entry.kept_sets)
@@ -320,7 +346,7 @@ class Study:
         return sum(line["tower"] for line in lines) / max(1, sum(line["images_encoded"] for line in lines))
 
     def key(self, entry: Entry, block: int) -> str:
-        return self._key(block, entry.policy, entry.view, entry.kept_sets)
+        return self._key(block, entry.policy, entry.view, entry.kept_sets, *["end to end"] * entry.end_to_end)
 
     def _key(self, *what: Any) -> str:
         policies = [each for each in what if isinstance(each, Policy)] or [KeepAll()]

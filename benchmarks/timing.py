@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,18 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median, and the middle half's ends."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """A median's interval, from order statistics: at least 95 % for whatever distribution (David and Nagaraja, Order
+    Statistics, section 7.1); none below six values, which can't have one."""
+    n, ordered = len(values), sorted(values)
+    beyond = 0.0
+    cut = 0
+    while beyond + math.comb(n, cut) / 2**n <= 0.025:
+        beyond += math.comb(n, cut) / 2**n
+        cut += 1
+    return (ordered[cut - 1], ordered[n - cut]) if cut else (None, None)
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:

@@ -11,13 +11,30 @@ from typing import Any
 import pytest
 
 from benchmarks import pareto, pareto_page, pareto_plots, pareto_results
-from benchmarks.pareto_contenders import BY_QUESTION, CONTENDERS, REFERENCE, WHOLE, View, of_channels
+from benchmarks.pareto_contenders import (
+    ALL_ROWS,
+    BEHIND,
+    BY_QUESTION,
+    CONTENDERS,
+    FEWER,
+    OURS,
+    REAL,
+    REFERENCE,
+    WAYS,
+    WHOLE,
+    View,
+    Way,
+    of_channels,
+)
 from benchmarks.pareto_contenders import POLICIES as FAMILIES
 from benchmarks.pareto_run import TOLERANCE, Bench, DataSet, Entry, Journal, Study, code_of, find
+from benchmarks.pareto_speed import end_to_end
+from benchmarks.timing import median_interval
 from demo import MODEL, scenes, shards
 from demo.shards import Row
-from pipeline.config import POLICIES
-from trimming import FastV, Grid, KeepAll, ThinK, TrimmedLlama, VisionZip
+from pipeline.config import POLICIES, TOWER_POLICIES
+from trimming import Clusters, FastV, Grid, KeepAll, ThinK, TrimmedLlama, VisionZip
+from trimming.tower import Alike
 
 # ---- contenders -------------------------------------------------------------------------------------------------------------
 
@@ -28,6 +45,13 @@ def test_every_policy_takes_part() -> None:
     assert {each.name for each in CONTENDERS if each.control} == {"random", "grid"}
     by_question = {each.name.removesuffix(BY_QUESTION) for each in CONTENDERS if each.kept_sets == "question"}
     assert by_question == {each.name for each in FAMILIES if each.make(0.5).where != "features"}
+
+
+def test_every_way_through_the_tower_takes_part() -> None:
+    taking = {type(way.view.tower_policy) for way in WAYS} - {type(None)}
+    assert {kind.__name__ for kind in taking} == set(TOWER_POLICIES.values())
+    assert {way.view.tower_tiles for way in WAYS} == {"all", "pooled", "real"}
+    assert len({(way.name, way.parameter) for way in WAYS}) == len(WAYS)
 
 
 def test_key_channels_take_half_of_the_bytes_at_least() -> None:
@@ -105,6 +129,18 @@ def hand_made() -> dict[str, Any]:
     points += [point("spread", 0.15, 0.15, "00")]
     points += [point("random", 0.15, 0.15, "10"), point("grid", 0.15, 0.15, "11")]
     points += [point("fewer tiles", None, 0.152, "00", View(max_tiles=1))]
+
+    def way(name: str, parameter: float | None, seconds: float, right: str, tower: float = 1.0) -> tuple[Entry, list[Any]]:
+        """Eight blocks of five images; each block takes a little longer than the one before."""
+        cell = {"rows": 10, "images_encoded": 5, "held_bytes": tower * 1e6, "right": right * 5, "preparing": 0.5}
+        cell |= {"keep_fraction": tower, "tower_keep_fraction": tower, "tower": seconds, "prefill": 0.1, "decode": 0.1}
+        cells = [cell | {"wall": 5 * seconds * (1 + block / 100) - 0.5} for block in range(8)]
+        return Entry(name, None, 1.0, parameter=parameter, end_to_end=True), cells
+
+    # A rival twice as fast, with which our 0.7 is level and our 0.5 faster; one that nothing of ours is as fast as.
+    ways = [way(ALL_ROWS, None, 2.0, "11"), way(OURS, 1.0, 1.5, "11"), way(OURS, 0.7, 1.0, "11", 0.7)]
+    ways += [way(OURS, 0.5, 0.5, "10", 0.5), way(BEHIND, 0.7, 0.9, "10", 0.3)]
+    ways += [way(REAL, None, 1.0, "10"), way(FEWER, 1, 0.25, "00")]
     return {
         "targets": [0.5, 0.15],
         "reference": REFERENCE,
@@ -115,6 +151,7 @@ def hand_made() -> dict[str, Any]:
             "made up": {
                 **pareto_results.compared(points, rows),
                 "tower_ms_per_image": {"as they are": 9.0},
+                "end_to_end": end_to_end([entry for entry, _ in ways], [cells for _, cells in ways], rows),
                 "model_sha256": "0123456789abcdef",
             }
         },
@@ -139,6 +176,22 @@ def test_page_says_where_a_control_wins() -> None:
     assert "of our own" not in page, "what was not measured has no row"
 
 
+def test_page_compares_ways_at_equal_speed() -> None:
+    page = pareto_page.markdown(hand_made())
+    row = "| alike | 0.7 | 70.0 | 1.0 | 2.00 (2.00 to 2.00) | 200.0 | 70.0 | 100.0 ± 0.0 | 0.0 (0.0 to 0.0): not "
+    assert row in page
+    matched = "| real tiles | 50.0 ± 0.0 | alike 0.7 | 1.00 (1.00 to 1.00) | 100.0 ± 0.0 | +50.0 (+50.0 to +50.0): better |"
+    assert matched in page, "the slowest that is as fast"
+    assert "| fewer tiles 1 | 0.0 ± 0.0 | alike 0.5 (slower) | 0.50 (0.50 to 0.50) | 50.0 ± 0.0 | at another speed |" in page
+    assert "losing at most 0 points: alike 0.7, 2.00 (2.00 to 2.00) ×" in page
+
+
+def test_a_medians_interval_holds_it_95_times_in_100() -> None:
+    assert median_interval([3, 1, 2, 5, 4]) == (None, None), "of five values least and most hold it 94 times"
+    assert median_interval([6, 3, 1, 2, 5, 4]) == (1, 6)
+    assert median_interval(range(10)) == (1, 8)
+
+
 def test_three_sets_have_a_plot_each_and_say_who_answered_them() -> None:
     report = hand_made()
     (data,) = report["sets"].values()
@@ -156,8 +209,12 @@ def test_page_bolds_what_is_best_by_kind() -> None:
 
 
 def test_plots_name_every_line() -> None:
-    for svg in pareto_plots.plots(hand_made()).values():
-        for name in (REFERENCE, "fastv", "think", "random", "grid", "fewer tiles", "all features"):
+    plots = pareto_plots.plots(hand_made())
+    assert plots.keys() == {"pareto-kv", "pareto-byte-seconds", "pareto-time", "pareto-speed", "pareto-tower-kv"}
+    timed = {"pareto-speed", "pareto-tower-kv"}
+    for plot, svg in plots.items():
+        bytes_held = (REFERENCE, "fastv", "think", "random", "grid", "fewer tiles", "all features")
+        for name in (ALL_ROWS, OURS, REAL, FEWER) if plot in timed else bytes_held:
             assert svg.count(f">{name}<") >= 1
         assert "made up, 80 questions" in svg
 
@@ -178,11 +235,15 @@ def study(tmp_path: Path) -> Callable[[], Study]:
 def test_tiny_run_at_equal_cost(study: Callable[[], Study], monkeypatch: pytest.MonkeyPatch) -> None:
     first = study()
     two = [each for each in CONTENDERS if each.name in (REFERENCE, "visionzip")]
-    plan = first.plan(two, (0.5, 0.15))
+    ways = [way for way in WAYS if way.name in (ALL_ROWS, OURS, REAL)]
+    ways.append(Way.through(BEHIND, Alike(0.6), Clusters(keep=0.5)))
+    plan = first.plan(two, (0.5, 0.15), ways)
+    timed = plan[-len(ways) :]
     assert [(e.contender, e.target) for e in plan[:5]] == [("all features", None)] + [
         (each.name, target) for each in two for target in (0.5, 0.15)
     ]
-    assert {e.contender for e in plan[5:]} == {"fewer tiles", "lower resolution", REFERENCE}
+    assert {e.contender for e in plan[5 : -len(ways)]} == {"fewer tiles", "lower resolution", REFERENCE}
+    assert [(e.contender, e.parameter) for e in timed] == [(way.name, way.parameter) for way in ways]
     pareto.measure([(first, plan)], lambda _: None)
     report = pareto_results.result([(first, plan)], lambda _: None)
 
@@ -196,13 +257,24 @@ def test_tiny_run_at_equal_cost(study: Callable[[], Study], monkeypatch: pytest.
     assert data["points"][0]["accuracy"]["all"]["value"] >= 0.75
     assert "visionzip" in pareto_page.markdown(report)
     # No policy's seconds hold the tower's: images were seen before.
-    cells = [first.journal.lines[first.key(entry, 0)] for entry in plan]
+    cells = [first.journal.lines[first.key(entry, 0)] for entry in plan if entry not in timed]
     assert all(cell["images_encoded"] == 0 and cell["tower"] == 0 for cell in cells)
+    # End to end each pays for every image once, whatever was encoded before.
+    for entry in timed:
+        for cell in first.cells(entry):
+            assert cell["images_encoded"] == 4
+            assert cell["tower"] > 0
+            assert cell["preparing"] > 0
+    held = {point["contender"]: point for point in data["end_to_end"]["points"]}
+    assert held[ALL_ROWS]["share"] == held[REAL]["share"] == 1
+    assert held[BEHIND]["tower_keep_fraction"] == pytest.approx(0.6, abs=0.03)
+    assert held[BEHIND]["share"] < 0.2
+    assert all(match["less"].keys() == data["kinds"].keys() for match in data["end_to_end"]["at_equal_speed"])
 
     # Begun again, it measures nothing.
     monkeypatch.setattr(Bench, "_answers", None)
     again = study()
-    assert again.plan(two, (0.5, 0.15)) == plan
+    assert again.plan(two, (0.5, 0.15), ways) == plan
     assert not any(again.todo(plan, block) for block in range(2))
     assert pareto_results.result([(again, plan)], lambda _: None)["sets"] == report["sets"]
 
