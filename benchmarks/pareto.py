@@ -1,9 +1,9 @@
 """Measure every policy at equal cost: ``python -m benchmarks.pareto --output benchmarks/results``.
 
-All contenders of ``benchmarks/pareto_contenders.py``, on the demo models over their test sets: policies at equal held bytes, with
-fewer tiles and lower resolution beside them; ways through the tower end to end, by images/s. Writes ``pareto.json``,
-``pareto.md`` and its plots. What is finished is kept in a journal under ``--work``: the same command continues, and a new policy
-is measured alone.
+All contenders of ``benchmarks/pareto_contenders.py``, on the demo models over their test sets: policies at equal held bytes,
+with fewer tiles and lower resolution beside them; ways through the tower end to end, by images/s. Writes ``pareto.json``,
+``pareto.md`` and its plots. What is finished is kept in a journal under ``--work``: the same command continues, and a new
+policy is measured alone.
 """
 
 from __future__ import annotations
