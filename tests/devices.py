@@ -87,8 +87,8 @@ class Pretending(TorchFunctionMode):
 
 
 # Functions that make themselves masks or numbers, which a tensor of the meta device could not hold.
-_MAKES_MORE = {F.scaled_dot_product_attention, torch.where}
-_MADE = {torch.tensor, torch.arange, torch.zeros, torch.ones, torch.empty, torch.full}
+_MAKES_MORE = {F.scaled_dot_product_attention, F.cosine_similarity, torch.where}
+_MADE = {torch.tensor, torch.arange, torch.eye, torch.zeros, torch.ones, torch.empty, torch.full}
 
 
 def use_pretended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ from devices import Pretending, place, pretended, use_pretended
 from tiny import BATCHES, TOKENS, Prompt, Row, assert_empty, complete, lively_model, make_engine, make_prompts
 from transformers import MllamaForConditionalGeneration
 
-from trimming import Grid, KeepAll, Policy, Rows, TrimmedLlama
+from trimming import Clusters, Grid, KeepAll, Policy, Rows, TrimmedLlama
 from trimming.costs import Geometry
 from trimming.engine import Completion, Engine, Sampling
 from trimming.engine.sharded import ShardedMemory
 from trimming.engine.stages import stage_geometries, stages
+from trimming.tower import Alike, EViT, ToMe, TowerPolicy, Windows
 
 
 @pytest.fixture
@@ -71,6 +72,19 @@ def test_several_devices_say_what_one_says(cuts: tuple[int, ...], policy: Policy
         assert engine.statistics.peak_sequences == len(prompts)
         assert isinstance(engine.memory, ShardedMemory)
         assert [part.flat.device for part in engine.memory.parts] == [pretended(i) for i in range(len(cuts) + 1)]
+
+
+@pytest.mark.parametrize("tower", [Alike(0.7), ToMe(0.7), Windows(0.7), EViT(0.7)], ids=str)
+@pytest.mark.parametrize("policy", [Clusters(keep=0.5), TrimmedLlama(0.2)], ids=str)
+def test_sizes_of_rows_reach_every_device(tower: TowerPolicy, policy: Policy, several: None) -> None:
+    """What merges in the tower, on the first device, counts as often in cross-attention layers on all."""
+    prompts = make_prompts(BATCHES["mixed tiles"])
+    wanted = answers(make_engine(policy, tower_policy=tower), prompts)
+    got = answers(make_sharded(policy, (2, 4), tower_policy=tower), prompts)
+    assert [one.tokens for one in got] == [one.tokens for one in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        assert one.trim.kept.tolist() == other.trim.kept.tolist()
+        assert one.trim.tower_keep_fraction == other.trim.tower_keep_fraction < 1
 
 
 def test_sequences_that_share_images_come_and_go(several: None) -> None:
