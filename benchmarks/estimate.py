@@ -165,7 +165,7 @@ def _model(conditions: Mapping[str, Any], itemsize: int) -> tuple[ModelSize, Cos
 
 
 def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room: float, most: int) -> Run:
-    from benchmarks.study import HALF_TOWER, TOWER, WHOLE
+    from benchmarks.study import LESS_TOWER, TOWER, WHOLE
 
     keep, contender = found["keep_fraction"], name.partition(", ")[2]
     ways: dict[str, TowerTiles] = {"real": "real", "engine, real tiles": "real", **dict.fromkeys(TOWERS, "pooled")}
@@ -175,7 +175,7 @@ def _run(name: str, costs: Costs, load: Workload, found: Mapping[str, Any], room
         max_sequences=most,
         kept_sets="question" if contender == BY_QUESTION else "image",
         tower_tiles=ways.get(contender, "all"),
-        tower_policy=HALF_TOWER if contender in (TOWER, WHOLE) else None,
+        tower_policy=LESS_TOWER if contender in (TOWER, WHOLE) else None,
         merged=contender in (MERGED, WHOLE),
     )
     rows = []

@@ -24,7 +24,7 @@ RATIOS = {
     "captioning_kv_peak_tenth_over_all": "peak cross KV held, a tenth / all, captioning",
     "questions_kv_peak_tenth_over_all": "peak cross KV held, a tenth / all, five questions an image",
     "captioning_pooled_over_all": "captioning, padding tiles pooled in the tower, all features / all rows, end to end",
-    "captioning_whole_over_all": "captioning, the same, half of the tower, clusters of half of what is left / all, end to end",
+    "captioning_whole_over_all": "captioning, the same, 0.45 of the tower, clusters of half of what is left / all, end to end",
     "questions_whole_over_all": "five questions an image, the same, end to end",
     "clustering_over_tower": "seconds of clustering and merging / the tower's",
     "selection_one_question": "prefill seconds, Trimmed-Llama / its features known beforehand, one question an image",
@@ -44,7 +44,7 @@ BESIDE = {
     "least": "one feature an image: what no trimming can exceed",
     "real": '`tower_tiles="real"` (approximate), all features',
     "pooled": '`tower_tiles="pooled"`, the default, all features',
-    "tower": "and half of the tower's rows × layers left",
+    "tower": "and 0.45 of the tower's rows × layers left",
     "whole": "and clusters of half of what the tower leaves",
 }
 
