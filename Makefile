@@ -57,7 +57,7 @@ train-photo-demo: .venv ## train a second one from its weights, on scenes over p
 	$(BIN)/python -m demo.train --work build/photo-train --output demo/photo-model --style photo-scenes --start demo/model \
 	  --scenes 14000 --drills 7000 --tower-steps 2400 --language-steps 2800 --exact-steps 2400
 
-bench: .venv ## measure the engine beside transformers' generate on this machine (half an hour on two idle cores)
+bench: .venv ## measure the engine beside transformers' generate on this machine (three quarters of an hour on two idle cores)
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results
 	$(BIN)/python -m benchmarks.estimate --results benchmarks/results
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amounts:
-    """The defaults end within some half an hour on two cores."""
+    """The defaults end within three quarters of an hour on two cores."""
 
     tiny: bool = False
     """The tiny model instead of the one with Llama-3.2-Vision's proportions."""
@@ -33,7 +33,7 @@ class Amounts:
     """Times that a part of the captioning images are encoded, and merged, for what merging takes."""
     rounds: int = 3
     """Passes of every other contender, at most."""
-    minutes: float = 33.0
+    minutes: float = 48.0
     """No round begins that would not end in this time, what comes after it included."""
     max_sequences: int = 128
     """Rows that the engine decodes at once, at most: the peer's largest batch."""

@@ -261,7 +261,7 @@ def _notes(result: Result) -> list[str]:
         lines.append(
             f"- **Through Ray Data**, one pass each, start of the actor and loading of the model included: {ray['images']} "
             f"captions of {ray['max_new_tokens']} tokens, peer (batches of {ray['batch_size']}) {peer['seconds']:.0f} s, "
-            f"`python -m jobs.caption` with all features {ours['seconds']:.0f} s; "
+            f"`python -m jobs.caption` with all features and all rows of the tower {ours['seconds']:.0f} s; "
             f"{ray['same_texts']:.1%} of the texts are the same."
         )
     return lines

@@ -106,6 +106,8 @@ def _ours(root: Path, shards: str, load: Workload) -> None:
         output=str(root / f"engine-{shards}"),
         model=str(root / "model"),
         policy="none",
+        # Exactly what the peer does: both are to say the same.
+        tower_tiles="all",
         prompt=load.rows[0].prompt,
         question_column=None,
         max_new_tokens=MAX_NEW_TOKENS,
