@@ -1,6 +1,7 @@
 """Measure the engine against the recipe users have today: ``python -m benchmarks.cpu --output benchmarks/results``.
 
-One process, all contenders in turns, three quarters of an hour on two cores. Writes ``cpu.json``, ``cpu.md`` and ``cpu-decode.svg``.
+One process, all contenders in turns, three quarters of an hour on two cores. Writes ``cpu.json``, ``cpu.md`` and
+``cpu-decode.svg``.
 """
 
 from __future__ import annotations
