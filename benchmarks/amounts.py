@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TOWER_KEEP = 0.45
+"""Share of rows × layers left by the contenders that merge in the tower: one at which the demo's second model, with as many
+rows a tile as the one measured here, is not shown to lose (demo/results/accuracy.md)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amounts:

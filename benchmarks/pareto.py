@@ -24,6 +24,7 @@ from demo.scenes import PHOTO
 from demo.table import ROOT, write
 
 if TYPE_CHECKING:
+    from benchmarks.pareto_contenders import Way
     from benchmarks.pareto_run import Entry, Study
 
 SAY_EVERY = 20.0
@@ -83,8 +84,9 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """The contents of ``pareto.json``, from the journal and from what it lacks."""
     import torch
 
+    from benchmarks.pareto_bench import Bench, DataSet
     from benchmarks.pareto_results import result
-    from benchmarks.pareto_run import Bench, DataSet, Journal, Study
+    from benchmarks.pareto_run import Journal, Study
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -103,31 +105,31 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     data_sets = [(model, DataSet(name, list(images), options.blocks)) for name, (model, images) in sets.items()]
     bench, journal = cache(Bench), Journal(options.work / "cells.jsonl")
     studies = [Study(bench(model), journal, data, say) for model, data in data_sets if data.images]
-    plans = [(study, study.plan()) for study in studies]
+    plans = [(study, study.plan(), study.ways()) for study in studies]
     measure(plans, say)
     return result(plans, say)
 
 
-def measure(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], None]) -> None:
+def measure(plans: Sequence[tuple[Study, Sequence[Entry], Sequence[Way]]], say: Callable[[str], None]) -> None:
     """Every cell that the journal lacks, block by block, with how many are left and for how long."""
     todo = [
-        (study, entry, block)
-        for block in range(max(study.data.blocks for study, _ in plans))
-        for study, entries in plans
-        for entry in study.todo(entries, block)
+        work
+        for block in range(max(study.data.blocks for study, _, _ in plans))
+        for study, entries, ways in plans
+        for work in study.todo(entries, ways, block)
     ]
     say(f"{len(todo):,} cells to measure")
     spent: dict[str, list[float]] = {}
     told = time.monotonic()
-    for done, (study, entry, block) in enumerate(todo, 1):
+    for done, work in enumerate(todo, 1):
         began = time.monotonic()
-        study.measure(entry, block)
-        spent.setdefault(study.data.name, []).append(time.monotonic() - began)
+        work.do()
+        spent.setdefault(work.kind, []).append(time.monotonic() - began)
         if time.monotonic() - told > SAY_EVERY or done == len(todo):
             told = time.monotonic()
-            means = {name: sum(each) / len(each) for name, each in spent.items()}
+            means = {kind: sum(each) / len(each) for kind, each in spent.items()}
             known = sum(means.values()) / len(means)
-            left = sum(means.get(study.data.name, known) for study, _, _ in todo[done:])
+            left = sum(means.get(other.kind, known) for other in todo[done:])
             end = time.strftime("%H:%M", time.gmtime(time.time() + left))
             say(f"{done:,} of {len(todo):,} cells, {left / 60:.1f} minutes left, until {end} UTC")
 

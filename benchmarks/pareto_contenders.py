@@ -124,25 +124,29 @@ class Way:
         return cls(name, policy.keep, View(tower_policy=policy), behind)
 
 
-ALL_ROWS, OURS, REAL, FEWER = "all rows", "alike", "real tiles", "fewer tiles"
+ALL_ROWS, POOLED, OURS, REAL, FEWER = "all rows", "pooled", "alike", "real tiles", "fewer tiles"
+CHALLENGERS = (POOLED, OURS)
 BEHIND = f"{OURS}, then clusters"
-RIVALS = (REAL, FEWER)
-"""What these lines are compared with at equal images/s: each of theirs with the slowest of ours that is as fast."""
-CHALLENGERS = (OURS, BEHIND)
+CONTROLS = ("random rows", "grid rows")
+RIVALS = (REAL, FEWER, "tome", "windows", "evit", *CONTROLS)
+"""What the challengers are compared with at equal images/s."""
+KEEPS = (0.7, 0.6, 0.53, 0.5, 0.45, 0.4)
+"""Shares of the tower's rows × layers of the challenger, which is to be had at each rival's speed,"""
+SOME = (0.7, 0.53, 0.45)
+"""and of the others."""
 WAYS = (
     Way(ALL_ROWS, view=View(tower_tiles="all")),
-    # With padding pooled and nothing merged, the line's own end.
-    Way(OURS, 1.0),
-    *(Way.through(OURS, Alike(keep)) for keep in (0.7, 0.6, 0.53, 0.5, 0.45, 0.4)),
-    *(Way.through(BEHIND, Alike(keep), Clusters(keep=0.5)) for keep in (0.7, 0.53, 0.45)),
+    Way(POOLED),
+    *(Way.through(OURS, Alike(keep)) for keep in KEEPS),
+    *(Way.through(BEHIND, Alike(keep), Clusters(keep=0.5)) for keep in SOME),
     Way.through("alike, not weighted", Alike(0.53, weighted=False)),
-    *(Way.through("tome", ToMe(keep)) for keep in (0.7, 0.53, 0.45)),
-    *(Way.through("windows", Windows(keep)) for keep in (0.7, 0.53)),
-    *(Way.through("evit", EViT(keep)) for keep in (0.7, 0.53)),
-    *(Way.through("random rows", RandomRows(keep)) for keep in (0.7, 0.53)),
-    *(Way.through("grid rows", GridRows(keep)) for keep in (0.7, 0.53)),
+    *(Way.through("tome", ToMe(keep)) for keep in SOME),
+    *(Way.through("windows", Windows(keep)) for keep in SOME),
+    *(Way.through("evit", EViT(keep)) for keep in SOME),
+    *(Way.through("random rows", RandomRows(keep)) for keep in SOME),
+    *(Way.through("grid rows", GridRows(keep)) for keep in SOME),
     Way(REAL, view=View(tower_tiles="real")),
     *(Way(FEWER, view.max_tiles, view) for view in FEWER_TILES),
-    *(Way(REFERENCE, k, policy=TrimmedLlama(k_ratio=k)) for k in (0.25, 0.1)),
-    *(Way("clusters, a share", keep, policy=Clusters(keep=keep)) for keep in (0.5, 0.1)),
+    Way(REFERENCE, 0.25, policy=TrimmedLlama(k_ratio=0.25)),
+    Way("clusters, a share", 0.1, policy=Clusters(keep=0.1)),
 )

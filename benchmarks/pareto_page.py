@@ -208,17 +208,19 @@ def better(report: Report) -> Iterator[str]:
 def conditions(report: Report) -> Iterator[str]:
     yield "## Conditions"
     yield ""
+    sets = list(report["sets"].values())
     listed = "; ".join(f"{name} {value}" for name, value in report["conditions"].items())
     models = ", ".join(f"{name} by model {data['model_sha256'][:12]}" for name, data in report["sets"].items())
     yield (
-        f"{listed}; {models}. Each policy is set to the bytes that {report['reference']} was "
-        "measured to hold at the setting nearest to the share in the column's head: parameters that depend on the data "
-        "(trimmed-llama's K, zipvl's mass, all of those by question) were searched for, without a look at the answers. By "
-        "question nothing holds less than a feature for each question. think cuts key channels, and can't fall below half. "
-        "Verdicts are not corrected for their number: one difference in twenty that is none looks like one."
+        f"{listed}; {models}. Verdicts are not corrected for their number: one difference in twenty that is none looks like "
+        "one."
     )
     yield ""
     yield (
+        f"At equal held bytes each policy is set to the bytes that {report['reference']} was "
+        "measured to hold at the setting nearest to the share in the column's head: parameters that depend on the data "
+        "(trimmed-llama's K, zipvl's mass, all of those by question) were searched for, without a look at the answers. By "
+        "question nothing holds less than a feature for each question. think cuts key channels, and can't fall below half. "
         "Seconds are the engine's own, in fp32 on a CPU, for models of some 5 M parameters and answers of a few tokens: "
         "prefill, which also selects, and decoding. What selecting costs shows here as it would not on a large model, and what "
         "fewer bytes save hardly does. The tower is apart, as it does the same for all policies: "
@@ -228,14 +230,20 @@ def conditions(report: Report) -> Iterator[str]:
         )
         + ". An image's features are there before a policy's turn, as the engine keeps them for further questions; policies "
         "took turns in blocks of each set, in another order each time. A policy's fastest and slowest block are "
-        f"{spread(report):.0%} of its median apart (median over all)."
+        f"{spread([point['ms_per_row']['blocks'] for data in sets for point in data['points']])} of its median apart (median "
+        "over all)."
+    )
+    yield ""
+    yield (
+        "End to end all ways take their turns in each block, one after the other, in an order of its own. A way's fastest and "
+        f"slowest block are {spread([point['seconds'] for data in sets for point in data['end_to_end']['points']])} of its "
+        "median apart."
     )
 
 
-def spread(report: Report) -> float:
-    """How far a policy's blocks are apart in time, median over all policies and sets."""
-    taken = [point["ms_per_row"] for data in report["sets"].values() for point in data["points"]]
-    return statistics.median((max(each["blocks"]) - min(each["blocks"])) / each["both"] for each in taken)
+def spread(taken: Sequence[Sequence[float]]) -> str:
+    """How far blocks are apart in time, median over all that took them."""
+    return f"{statistics.median((max(each) - min(each)) / statistics.median(each) for each in taken):.0%}"
 
 
 # ---- cells ------------------------------------------------------------------------------------------------------------------

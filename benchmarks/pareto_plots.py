@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pareto_contenders import ALL_ROWS, BEHIND, BY_QUESTION, FEWER, OURS, REAL
+from benchmarks.pareto_contenders import ALL_ROWS, BEHIND, BY_QUESTION, FEWER, OURS, POOLED, REAL
 from benchmarks.pareto_scores import ALL
 from benchmarks.pareto_words import Point, Report
 from jobs.comparison.drawing import INK, Drawing, as_file
@@ -53,6 +53,7 @@ LOOKS = {
     FEWER: Look("#4d4d4d", "<", (0, (8, 2))),
     "lower resolution": Look("#4d4d4d", ">", (0, (8, 2))),
     ALL_ROWS: Look(INK, "*"),
+    POOLED: Look("#000000", "h"),
     REAL: Look("#4d4d4d", "H", (0, (8, 2))),
     OURS: Look("#008b8b", "o"),
     BEHIND: Look("#0072b2", "D"),
@@ -163,7 +164,9 @@ def look(report: Report, contender: str) -> Look:
     contender = contender.removesuffix(BY_QUESTION)
     if contender in LOOKS:
         return LOOKS[contender]
-    own = [name for name in report["contenders"] if name not in LOOKS and not name.endswith(BY_QUESTION)]
+    ways = [point["contender"] for data in report["sets"].values() for point in data["end_to_end"]["points"]]
+    names = dict.fromkeys([*report["contenders"], *ways])
+    own = [name for name in names if name not in LOOKS and not name.endswith(BY_QUESTION)]
     return OWN[own.index(contender) % len(OWN)]
 
 
@@ -220,7 +223,8 @@ def scale(axes: Axes, points: list[Point], across: Across) -> None:
     xs = [across.place(point) for point in points]
     names = (max(xs) / min(xs)) ** 0.34
     axes.set_xlim(*(min(xs) / 1.12, max(xs) * names) if across.more_is_better else (min(xs) / names, max(xs) * 1.12))
-    round_ones = [s * 10.0**p for p in range(-3, 5) for s in (1, 1.5, 2, 3, 5, 7)]
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if max(xs) < 5 * min(xs) else (1, 1.5, 2, 3, 5, 7)
+    round_ones = [step * 10.0**power for power in range(-3, 5) for step in steps]
     axes.xaxis.set_major_locator(FixedLocator([x for x in round_ones if min(xs) / 1.12 <= x <= max(xs) * 1.12]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

@@ -6,26 +6,25 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.pareto_contenders import CLOSE, CONTENDERS, REFERENCE, TARGETS
-from benchmarks.pareto_run import Cell, Entry, Study
+from benchmarks.pareto_bench import Cell
+from benchmarks.pareto_contenders import CLOSE, CONTENDERS, REFERENCE, TARGETS, Way
+from benchmarks.pareto_run import Entry, Study
 from benchmarks.pareto_scores import Result, Scores
 from benchmarks.pareto_speed import end_to_end
 from demo.shards import Row
 from demo.table import conditions, sha256
 
 
-def result(plans: Sequence[tuple[Study, Sequence[Entry]]], say: Callable[[str], None]) -> Result:
+def result(plans: Sequence[tuple[Study, Sequence[Entry], Sequence[Way]]], say: Callable[[str], None]) -> Result:
     """The contents of ``pareto.json``."""
     sets = {}
-    for study, entries in plans:
+    for study, entries, ways in plans:
         say(f"{study.data.name}: intervals")
-        at_equal_bytes = [entry for entry in entries if not entry.end_to_end]
-        ways = [entry for entry in entries if entry.end_to_end]
-        points = [point(entry, study.cells(entry)) for entry in at_equal_bytes]
+        points = [point(entry, study.cells(entry)) for entry in entries]
         sets[study.data.name] = {
             **compared(points, study.data.rows),
-            "tower_ms_per_image": towers(study, at_equal_bytes),
-            "end_to_end": end_to_end(ways, [study.cells(entry) for entry in ways], study.data.rows),
+            "tower_ms_per_image": towers(study, entries),
+            "end_to_end": end_to_end(ways, study.cells_of_ways(ways), study.data.rows),
             "model_sha256": sha256(study.bench.weights),
         }
     report = {

@@ -1,38 +1,33 @@
-"""Answering the demo's questions under one policy after another: cells of work, each measured once and kept in a journal.
+"""What ``make pareto`` measures on one data set: cells of work, each measured once and kept in a journal.
 
-A cell is one policy, at one view of the images, on one block of a data set: at equal held bytes with images that the tower has
-seen before, or end to end, from files to texts. A block's cells run one after the other in an order
+A cell is one policy, at one view of the images, on one block of a data set. A block's cells run one after the other in an order
 of their own, so that a machine that grows faster or slower favours no policy. The journal has a line for each cell, keyed by a
-digest of what decides it: the model, the rows, the policy and the code.
+digest of what decides it: the model, the rows, the policy and the code. What is timed end to end, to be compared by its
+seconds, is one line a block: all ways take their turns there within some minutes, or all do anew.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 import json
 import random
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 
+from benchmarks import pareto_bench
+from benchmarks.pareto_bench import Bench, Cell, DataSet
 from benchmarks.pareto_contenders import CLOSE, CONTENDERS, FEWER_TILES, REFERENCE, TARGETS, WAYS, WHOLE, Contender, View, Way
-from demo.answerer import LIMITS, Answerer
-from demo.shards import Row
 from demo.table import ROOT, code, sha256
-from pipeline.engine import Engine, Prompt
-from pipeline.images import Tiler, Tiles, digest
-from pipeline.pictures import decode
-from trimming import KeepAll, Policy, ThinK, VisionZip
+from pipeline.images import digest
+from trimming import KeepAll, Policy, tower
 from trimming.engine import KeptSets
-from trimming.engine.images import ImageCache
+from trimming.tower import TowerPolicy
 
 TOLERANCE, TRIES = 0.004, 12
 """A search ends at a share this near, or after as many passes over a block,"""
@@ -40,132 +35,6 @@ FINEST = 1 / 2048
 """or between parameters this near: no image has more than 1,028 features."""
 ROUNDS = 3
 """Searches for one share at most, each followed by a pass over all blocks."""
-
-Cell = dict[str, Any]
-
-
-# ---- data -------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Rows by image, cut into blocks of every ``blocks``-th image."""
-
-    name: str
-    images: Sequence[Sequence[Row]]
-    blocks: int
-
-    def block(self, number: int) -> list[Row]:
-        return [row for image in self.images[number :: self.blocks] for row in image]
-
-    @property
-    def rows(self) -> list[Row]:
-        """In the order of the blocks."""
-        return [row for number in range(self.blocks) for row in self.block(number)]
-
-
-# ---- answering --------------------------------------------------------------------------------------------------------------
-
-
-class Bench:
-    """A demo model with an engine for each kind of policy, all of which share what any of them encoded.
-
-    Kinds, since an engine is made for one way of keeping sets, refuses to change between policies that slice keys and those
-    that don't, and drops encoded images when a policy looks at the tower's attention and the one before did not.
-    """
-
-    def __init__(self, model: Path) -> None:
-        self.answerer, self.weights = Answerer(model), model / "model.safetensors"
-        self._engines: dict[tuple[KeptSets, bool, bool], Engine] = {}
-        self._tilers: dict[int | None, Tiler] = {}
-        self._tiles: dict[tuple[str, View], Tiles] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._seen: set[tuple[str, View]] = set()
-
-    def engine(self, policy: Policy, kept_sets: KeptSets) -> Engine:
-        kind = (kept_sets, policy.slices, "class_attention" in policy.looks_at)
-        if kind in self._engines:
-            self._engines[kind].batch.use(policy)
-        else:
-            self._engines[kind] = self.answerer.engine(policy, kept_sets=kept_sets)
-        return self._engines[kind]
-
-    def see(self, rows: Sequence[Row], view: View) -> Cell:
-        """Encodes each image that is new, so that no policy pays for it, with the tower's attention, which one policy looks at.
-        How many, and the tower's seconds."""
-        new = {key: row for row in rows if (key := (digest(row.image), view)) not in self._seen}
-        cell = self._answers(self.engine(VisionZip(0.5), "image"), list(new.values()), view, self._tiles)
-        self._seen.update(new)
-        return {name: cell[name] for name in ("images_encoded", "tower")}
-
-    def answers(self, policy: Policy, rows: Sequence[Row], view: View, kept_sets: KeptSets = "image") -> Cell:
-        self.see(rows, view)
-        return self._answers(self.engine(policy, kept_sets), rows, view, self._tiles)
-
-    def end_to_end(self, policy: Policy, rows: Sequence[Row], view: View) -> Cell:
-        """The rows with nothing known of their images: each is decoded, cut and sent through the tower once, for all questions
-        about it, by an engine of its own, whose making is not timed."""
-        engine = self.answerer.engine(policy, view.tower_tiles, tower_policy=view.tower_policy)
-        engine.batch.images = ImageCache(LIMITS.image_cache_bytes)
-        # No cell pays for the last one's garbage.
-        gc.collect()
-        return self._answers(engine, rows, view, {})
-
-    def _answers(self, engine: Engine, rows: Sequence[Row], view: View, known: dict[tuple[str, View], Tiles]) -> Cell:
-        """What the rows came to: right or wrong as a string of 1 and 0, the images' keys and values that were held (the most
-        bytes at once, and bytes times seconds), the shares that were kept, tokens and seconds of all of them. ``known`` has
-        images that were cut before, and gets those that were not."""
-        engine.batch.reset_statistics()
-        began = time.perf_counter()
-        prompts = [self._prompt(row, view, known) for row in rows]
-        prepared = time.perf_counter()
-        said = engine.generate(prompts)
-        wall = time.perf_counter() - prepared
-        return {
-            "policy": repr(engine.batch.policy),
-            "rows": len(rows),
-            "right": "".join("01"[answer.text == row.answer] for answer, row in zip(said, rows, strict=True)),
-            "held_bytes": engine.batch.statistics.peak_cross_kv_bytes,
-            "held_byte_seconds": engine.batch.statistics.cross_kv_byte_seconds,
-            "output_tokens": sum(answer.output_tokens for answer in said),
-            "images_encoded": engine.batch.statistics.images_encoded,
-            "keep_fraction": statistics.fmean(answer.keep_fraction or 0.0 for answer in said) if said else 0.0,
-            "tower_keep_fraction": statistics.fmean(answer.tower_keep_fraction or 0.0 for answer in said) if said else 0.0,
-            "preparing": round(prepared - began, 4),
-            **{name: round(engine.batch.seconds[name], 4) for name in ("tower", "prefill", "decode")},
-            "wall": round(wall, 4),
-        }
-
-    def tiles(self, rows: Sequence[Row], view: View) -> int:
-        """Of all rows' images, by their sizes alone."""
-        tiler = self._tiler(view)
-        return sum(tiler.tile_count(*scaled(self._size(row), view.scale)) for row in rows)
-
-    def _size(self, row: Row) -> tuple[int, int]:
-        key = digest(row.image)
-        if key not in self._sizes:
-            self._sizes[key] = decode(row.image).size
-        return self._sizes[key]
-
-    def _tiler(self, view: View) -> Tiler:
-        if view.max_tiles not in self._tilers:
-            model_tiles = self.answerer.model.config.vision_config.max_num_tiles
-            self._tilers[view.max_tiles] = Tiler(self.answerer.processor, view.max_tiles, model_tiles)
-        return self._tilers[view.max_tiles]
-
-    def _prompt(self, row: Row, view: View, known: dict[tuple[str, View], Tiles]) -> Prompt:
-        key = (digest(row.image), view)
-        if key not in known:
-            image = decode(row.image)
-            if view.scale != 1:
-                image = image.resize(scaled(image.size, view.scale), Image.Resampling.LANCZOS)
-            known[key] = self._tiler(view)(image)
-        return Prompt(row.id, self.answerer.tokens(row.question, 1), [known[key]], [f"{key[0]} {view}"])
-
-
-def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
 
 # ---- the journal ------------------------------------------------------------------------------------------------------------
 
@@ -196,14 +65,29 @@ def key_of(*what: Any) -> str:
     return hashlib.sha256(json.dumps(what, default=repr).encode()).hexdigest()[:32]
 
 
-def code_of(policy: Policy) -> str:
-    """A digest of the code that decides what ``policy`` does: all that any policy runs, and of the policies' own files those of
-    its classes. So a new policy leaves what was measured of others as it is."""
-    policies = ROOT / "trimming/policies"
-    shared = [path for path in code() if path.parent != policies and path != ROOT / "trimming/__init__.py"]
-    classes = [c for each in (policy, *vars(policy).values()) if isinstance(each, Policy) for c in type(each).__mro__]
-    own = {Path(inspect.getfile(c)) for c in classes if c.__module__.startswith("trimming.")}
-    return key_of(sorted((path.name, sha256(path)) for path in {*shared, *own, Path(__file__)}))
+def code_of(*policies: Policy | TowerPolicy) -> str:
+    """A digest of the code that decides what ``policies`` do: all that any policy runs, and of the policies' own files those of
+    their classes. So a new policy leaves what was measured of others as it is."""
+    lists = {ROOT / "trimming/__init__.py", ROOT / "trimming/tower/__init__.py"}
+    theirs = {*(ROOT / "trimming/policies").glob("*.py")}.union(*(files_of(each) for each in tower_policies()))
+    theirs -= files_of(TowerPolicy)
+    own = set().union(*(files_of(kind) for each in policies for kind in kinds_of(each)))
+    files = {*(set(code()) - theirs - lists), *own, Path(pareto_bench.__file__)}
+    return key_of(sorted((path.name, sha256(path)) for path in files))
+
+
+def files_of(kind: type) -> set[Path]:
+    """Of a policy's class and those it is made from."""
+    return {Path(inspect.getfile(c)) for c in kind.__mro__ if c.__module__.startswith("trimming.")}
+
+
+def kinds_of(policy: Policy | TowerPolicy) -> list[type]:
+    """Its class, and that of a policy within it."""
+    return [type(policy), *(type(each) for each in vars(policy).values() if isinstance(each, Policy))]
+
+
+def tower_policies() -> list[type]:
+    return [each for each in vars(tower).values() if isinstance(each, type) and issubclass(each, TowerPolicy)]
 
 
 # ---- what is measured -------------------------------------------------------------------------------------------------------
@@ -214,7 +98,7 @@ class Entry:
     """One point of the plots."""
 
     contender: str
-    """Also ``all features``, ``fewer tiles`` and ``lower resolution``; end to end the name of a way."""
+    """Also ``all features``, ``fewer tiles`` and ``lower resolution``."""
     target: float | None
     """The share that was asked for; None for what comes at a share of its own."""
     share: float
@@ -223,16 +107,22 @@ class Entry:
     parameter: float | None = None
     view: View = WHOLE
     kept_sets: KeptSets = "image"
-    end_to_end: bool = False
-    """Timed from images' files on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be measured, and what else takes about as long."""
+
+    kind: str
+    do: Callable[[], object]
 
 
 class Study:
-    """One data set's entries and cells."""
+    """One data set's cells: entries' at equal held bytes, and ways' end to end."""
 
     def __init__(self, bench: Bench, journal: Journal, data: DataSet, say: Callable[[str], None]) -> None:
         self.bench, self.journal, self.data, self.say = bench, journal, data, say
-        self._codes: dict[str, str] = {}
+        self._codes: dict[tuple[type, ...], str] = {}
         # Shares by parameter, of each contender that is searched for.
         self._found: defaultdict[str, dict[float, float]] = defaultdict(dict)
         self._rows = key_of([(row.id, row.question, row.answer, digest(row.image)) for row in data.rows])
@@ -240,14 +130,10 @@ class Study:
         # Before anything is measured: files may change meanwhile, what was imported does not.
         for policy in (KeepAll(), *(contender.make(0.5) for contender in CONTENDERS)):
             self._code(policy)
+        self._ways_key(WAYS, 0)
 
-    def plan(
-        self,
-        contenders: Sequence[Contender] = CONTENDERS,
-        targets: Sequence[float] = TARGETS,
-        ways: Sequence[Way] = WAYS,
-    ) -> list[Entry]:
-        """All entries, with their parameters found: at equal held bytes, then end to end.
+    def plan(self, contenders: Sequence[Contender] = CONTENDERS, targets: Sequence[float] = TARGETS) -> list[Entry]:
+        """All entries, with their parameters found.
 
         The reference comes as near to each target as its data let it (one tile has 65 features, and each head takes a whole
         number of them); the others are matched to what it came to, and so does it to what fewer tiles came to.
@@ -269,7 +155,13 @@ class Study:
                 k, share = self.find(reference, rival.share)
                 had.append(share)
                 entries.append(Entry(REFERENCE, None, share, reference.make(k), k))
-        return entries + [Entry(w.name, None, 1.0, w.policy, w.parameter, w.view, end_to_end=True) for w in ways]
+        return entries
+
+    def ways(self, ways: Sequence[Way] = WAYS) -> list[Way]:
+        """Those that are ways of their own here: images of one tile have no fewer."""
+        rows = self.data.rows
+        most = self.bench.tiles(rows, WHOLE)
+        return [way for way in ways if way.view.max_tiles is None or self.bench.tiles(rows, way.view) < most]
 
     def rivals(self, reached: dict[float, tuple[float, float]]) -> Iterator[Entry]:
         """Fewer tiles, and images shrunk to each of the reference's shares that can be had and to the least there is."""
@@ -320,21 +212,39 @@ class Study:
         key = self._key("search", policy, kept_sets, block)
         return int(self.journal.once(key, lambda: self.bench.answers(policy, rows, WHOLE, kept_sets))["held_bytes"])
 
-    def todo(self, entries: Sequence[Entry], block: int) -> list[Entry]:
-        """Entries whose cell the journal lacks, in the block's own order."""
+    def todo(self, entries: Sequence[Entry], ways: Sequence[Way], block: int) -> list[Work]:
+        """What the journal lacks of a block: entries in an order of its own, then all ways."""
         unknown = {self.key(entry, block): entry for entry in entries}
         order = [entry for key, entry in unknown.items() if key not in self.journal.lines]
         random.Random(f"{self.data.name}/{block}").shuffle(order)
-        return order
+        name = self.data.name
+        todo = [Work(f"{name} at equal bytes", lambda entry=entry: self.measure(entry, block)) for entry in order]  # type: ignore[misc]
+        if self._ways_key(ways, block) not in self.journal.lines:
+            todo.append(Work(f"{name} end to end", lambda: self.measure_ways(ways, block)))
+        return todo
 
     def measure(self, entry: Entry, block: int) -> Cell:
         rows = self.data.block(block)
-        if entry.end_to_end:
-            return self.journal.once(self.key(entry, block), lambda: self.bench.end_to_end(entry.policy, rows, entry.view))
         self.journal.once(self._key("tower", entry.view, block), lambda: self.bench.see(rows, entry.view))
         return self.journal.once(
             self.key(entry, block), lambda: self.bench.answers(entry.policy, rows, entry.view, entry.kept_sets)
         )
+
+    def measure_ways(self, ways: Sequence[Way], block: int) -> list[Cell]:
+        """All of them in turns, so that their seconds can be compared."""
+
+        def taken() -> Cell:
+            order = list(range(len(ways)))
+            random.Random(f"{self.data.name}/{block}").shuffle(order)
+            cells = {place: self.bench.end_to_end(ways[place], self.data.block(block)) for place in order}
+            return {"ways": [cells[place] for place in range(len(ways))]}
+
+        return list(self.journal.once(self._ways_key(ways, block), taken)["ways"])
+
+    def cells_of_ways(self, ways: Sequence[Way]) -> list[list[Cell]]:
+        """Each way's finished cells, block by block."""
+        blocks = [self.journal.lines[self._ways_key(ways, block)]["ways"] for block in range(self.data.blocks)]
+        return [[block[place] for block in blocks] for place in range(len(ways))]
 
     def cells(self, entry: Entry) -> list[Cell]:
         """The entry's finished cells, block by block."""
@@ -346,17 +256,22 @@ class Study:
         return sum(line["tower"] for line in lines) / max(1, sum(line["images_encoded"] for line in lines))
 
     def key(self, entry: Entry, block: int) -> str:
-        return self._key(block, entry.policy, entry.view, entry.kept_sets, *["end to end"] * entry.end_to_end)
+        return self._key(block, entry.policy, entry.view, entry.kept_sets)
 
     def _key(self, *what: Any) -> str:
         policies = [each for each in what if isinstance(each, Policy)] or [KeepAll()]
         return key_of(self._model, self._rows, self.data.blocks, self._code(policies[0]), *what)
 
-    def _code(self, policy: Policy) -> str:
-        name = type(policy).__name__ + (type(policy.policy).__name__ if isinstance(policy, ThinK) else "")
-        if name not in self._codes:
-            self._codes[name] = code_of(policy)
-        return self._codes[name]
+    def _ways_key(self, ways: Sequence[Way], block: int) -> str:
+        policies = [each for way in ways for each in (way.policy, way.view.tower_policy) if each is not None]
+        code = self._code(*policies)
+        return key_of(self._model, self._rows, self.data.blocks, code, torch.get_num_threads(), "end to end", ways, block)
+
+    def _code(self, *policies: Policy | TowerPolicy) -> str:
+        kinds = tuple(kind for each in policies for kind in kinds_of(each))
+        if kinds not in self._codes:
+            self._codes[kinds] = code_of(*policies)
+        return self._codes[kinds]
 
 
 def find(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks import workloads
-from benchmarks.amounts import Amounts
+from benchmarks.amounts import TOWER_KEEP, Amounts
 from benchmarks.half import Half, find_half
 from benchmarks.language import measure_growth, measure_selection, measure_shares
 from benchmarks.merging import TO_A_TENTH, measure_clustering
@@ -31,9 +31,8 @@ SLOW = 1.25
 LINEAR, STATIC, REUSE, CONTINUOUS, TRIMMED, MERGED = "linear", "static", "reuse", "continuous", "trimmed", "merged"
 BY_QUESTION, LEAST, REAL = "by question", "least", "real"
 POOLED, TOWER, WHOLE = "pooled", "tower", "whole"
-LESS_TOWER, BEHIND = Alike(0.45), Clusters(keep=0.5)
-"""Rows × layers at which the demo's second model, with as many rows a tile as the one measured here, is not shown to lose by
-``demo.table``; and of what that leaves half the features, merged."""
+LESS_TOWER, BEHIND = Alike(TOWER_KEEP), Clusters(keep=0.5)
+"""In the tower, and behind it."""
 ONCE = (LINEAR, STATIC, REUSE, BY_QUESTION, LEAST, REAL)
 """Contenders that no ratio with a goal is made of: one pass is enough to see where the time goes."""
 ONE_FEATURE = Grid(keep=1e-6)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import pareto, pareto_page, pareto_plots, pareto_results
+from benchmarks import pareto, pareto_bench, pareto_page, pareto_plots, pareto_results, pareto_run
+from benchmarks.pareto_bench import Bench, DataSet
 from benchmarks.pareto_contenders import (
     ALL_ROWS,
     BEHIND,
@@ -18,6 +20,7 @@ from benchmarks.pareto_contenders import (
     CONTENDERS,
     FEWER,
     OURS,
+    POOLED,
     REAL,
     REFERENCE,
     WAYS,
@@ -27,14 +30,16 @@ from benchmarks.pareto_contenders import (
     of_channels,
 )
 from benchmarks.pareto_contenders import POLICIES as FAMILIES
-from benchmarks.pareto_run import TOLERANCE, Bench, DataSet, Entry, Journal, Study, code_of, find
-from benchmarks.pareto_speed import end_to_end
+from benchmarks.pareto_run import TOLERANCE, Entry, Journal, Study, code_of, find
+from benchmarks.pareto_speed import end_to_end, shown_as_fast
 from benchmarks.timing import median_interval
 from demo import MODEL, scenes, shards
 from demo.shards import Row
+from demo.table import sha256
 from pipeline.config import POLICIES, TOWER_POLICIES
+from pipeline.pictures import decode
 from trimming import Clusters, FastV, Grid, KeepAll, ThinK, TrimmedLlama, VisionZip
-from trimming.tower import Alike
+from trimming.tower import Alike, GridRows, ToMe
 
 # ---- contenders -------------------------------------------------------------------------------------------------------------
 
@@ -63,6 +68,24 @@ def test_key_channels_take_half_of_the_bytes_at_least() -> None:
 def test_a_policy_is_keyed_by_its_own_code() -> None:
     assert code_of(FastV(0.5)) == code_of(FastV(0.1)) != code_of(Grid(0.5))
     assert code_of(ThinK(0.5)) != code_of(ThinK(0.5, VisionZip(0.5)))
+    assert code_of(KeepAll(), Alike(0.5)) != code_of(KeepAll(), ToMe(0.5)) != code_of(KeepAll())
+
+
+def test_a_policy_is_not_keyed_by_anothers_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys() -> list[str]:
+        return [code_of(KeepAll()), code_of(FastV(0.5)), code_of(KeepAll(), GridRows(0.5)), code_of(KeepAll(), Alike(0.5))]
+
+    def saved(name: str) -> list[bool]:
+        """Which keys are others once the file is."""
+        with monkeypatch.context() as patch:
+            patch.setattr(pareto_run, "sha256", lambda path: "other" if path.match(name) else sha256(path))
+            return [one != other for one, other in zip(keys(), before, strict=True)]
+
+    before = keys()
+    assert saved("trimming/policies/fastv.py") == [False, True, False, False]
+    assert saved("trimming/tower/tome.py") == [False, False, False, True], "which Alike is made from"
+    assert saved("trimming/tower/policy.py") == [True] * 4
+    assert saved("benchmarks/pareto_bench.py") == [True] * 4
 
 
 # ---- the search -------------------------------------------------------------------------------------------------------------
@@ -130,17 +153,17 @@ def hand_made() -> dict[str, Any]:
     points += [point("random", 0.15, 0.15, "10"), point("grid", 0.15, 0.15, "11")]
     points += [point("fewer tiles", None, 0.152, "00", View(max_tiles=1))]
 
-    def way(name: str, parameter: float | None, seconds: float, right: str, tower: float = 1.0) -> tuple[Entry, list[Any]]:
+    def way(name: str, parameter: float | None, seconds: float, right: str, tower: float = 1.0) -> tuple[Way, list[Any]]:
         """Eight blocks of five images; each block takes a little longer than the one before."""
         cell = {"rows": 10, "images_encoded": 5, "held_bytes": tower * 1e6, "right": right * 5, "preparing": 0.5}
-        cell |= {"keep_fraction": tower, "tower_keep_fraction": tower, "tower": seconds, "prefill": 0.1, "decode": 0.1}
+        cell |= {"tower_keep_fraction": tower, "tower": seconds, "prefill": 0.1, "decode": 0.1}
         cells = [cell | {"wall": 5 * seconds * (1 + block / 100) - 0.5} for block in range(8)]
-        return Entry(name, None, 1.0, parameter=parameter, end_to_end=True), cells
+        return Way(name, parameter), cells
 
     # A rival twice as fast, with which our 0.7 is level and our 0.5 faster; one that nothing of ours is as fast as.
-    ways = [way(ALL_ROWS, None, 2.0, "11"), way(OURS, 1.0, 1.5, "11"), way(OURS, 0.7, 1.0, "11", 0.7)]
-    ways += [way(OURS, 0.5, 0.5, "10", 0.5), way(BEHIND, 0.7, 0.9, "10", 0.3)]
-    ways += [way(REAL, None, 1.0, "10"), way(FEWER, 1, 0.25, "00")]
+    ways = [way(ALL_ROWS, None, 2.0, "11"), way(POOLED, None, 1.5, "11"), way(OURS, 0.7, 1.0, "11", 0.7)]
+    ways += [way(OURS, 0.5, 0.5, "10", 0.5), way(BEHIND, 0.7, 0.9, "10", 0.3), way("grid rows", 0.7, 0.9, "00", 0.7)]
+    ways += [way(REAL, None, 1.0, "10"), way(FEWER, 1, 0.25, "00"), way("a new way", 0.5, 0.7, "10", 0.5)]
     return {
         "targets": [0.5, 0.15],
         "reference": REFERENCE,
@@ -151,7 +174,7 @@ def hand_made() -> dict[str, Any]:
             "made up": {
                 **pareto_results.compared(points, rows),
                 "tower_ms_per_image": {"as they are": 9.0},
-                "end_to_end": end_to_end([entry for entry, _ in ways], [cells for _, cells in ways], rows),
+                "end_to_end": end_to_end([each for each, _ in ways], [cells for _, cells in ways], rows),
                 "model_sha256": "0123456789abcdef",
             }
         },
@@ -178,12 +201,22 @@ def test_page_says_where_a_control_wins() -> None:
 
 def test_page_compares_ways_at_equal_speed() -> None:
     page = pareto_page.markdown(hand_made())
-    row = "| alike | 0.7 | 70.0 | 1.0 | 2.00 (2.00 to 2.00) | 200.0 | 70.0 | 100.0 ± 0.0 | 0.0 (0.0 to 0.0): not "
+    row = "| alike | 0.7 | 70.0 | 1.0 | 2.00 (2.00 to 2.00) | 1.50 | 200.0 | 70.0 | 100.0 ± 0.0 | 0.0 (0.0 to 0.0): not "
     assert row in page
+    assert "| alike | 0.5 | 50.0 | 1.9 | 4.00 (4.00 to 4.00) | 3.00 | 100.0 | 50.0 | 50.0 ± 0.0 | −50.0 (" in page
     matched = "| real tiles | 50.0 ± 0.0 | alike 0.7 | 1.00 (1.00 to 1.00) | 100.0 ± 0.0 | +50.0 (+50.0 to +50.0): better |"
     assert matched in page, "the slowest that is as fast"
-    assert "| fewer tiles 1 | 0.0 ± 0.0 | alike 0.5 (slower) | 0.50 (0.50 to 0.50) | 50.0 ± 0.0 | at another speed |" in page
-    assert "losing at most 0 points: alike 0.7, 2.00 (2.00 to 2.00) ×" in page
+    matched = "| grid rows (control) 0.7 | 0.0 ± 0.0 | alike 0.5 | 1.80 (1.80 to 1.80) | 50.0 ± 0.0 | +50.0 (+50.0 to +50.0): "
+    assert matched in page
+    missed = "| fewer tiles 1 | 0.0 ± 0.0 | alike 0.5 | 0.50 (0.50 to 0.50) | 50.0 ± 0.0 | none is shown to be as fast |"
+    assert missed in page
+    assert "than 0.5 points alike 0.7, 2.00 (2.00 to 2.00) ×" in page
+
+
+def test_as_fast_is_not_by_luck() -> None:
+    assert shown_as_fast({"value": 1.2, "low": 1.0, "high": 1.4})
+    assert not shown_as_fast({"value": 1.2, "low": 0.9, "high": 1.4})
+    assert shown_as_fast({"value": 1.0, "low": None, "high": None}), "of fewer than six blocks"
 
 
 def test_a_medians_interval_holds_it_95_times_in_100() -> None:
@@ -214,7 +247,7 @@ def test_plots_name_every_line() -> None:
     timed = {"pareto-speed", "pareto-tower-kv"}
     for plot, svg in plots.items():
         bytes_held = (REFERENCE, "fastv", "think", "random", "grid", "fewer tiles", "all features")
-        for name in (ALL_ROWS, OURS, REAL, FEWER) if plot in timed else bytes_held:
+        for name in (ALL_ROWS, OURS, REAL, FEWER, "a new way") if plot in timed else bytes_held:
             assert svg.count(f">{name}<") >= 1
         assert "made up, 80 questions" in svg
 
@@ -235,17 +268,15 @@ def study(tmp_path: Path) -> Callable[[], Study]:
 def test_tiny_run_at_equal_cost(study: Callable[[], Study], monkeypatch: pytest.MonkeyPatch) -> None:
     first = study()
     two = [each for each in CONTENDERS if each.name in (REFERENCE, "visionzip")]
-    ways = [way for way in WAYS if way.name in (ALL_ROWS, OURS, REAL)]
+    ways = [way for way in WAYS if way.name in (ALL_ROWS, POOLED, OURS, REAL)]
     ways.append(Way.through(BEHIND, Alike(0.6), Clusters(keep=0.5)))
-    plan = first.plan(two, (0.5, 0.15), ways)
-    timed = plan[-len(ways) :]
+    plan = first.plan(two, (0.5, 0.15))
     assert [(e.contender, e.target) for e in plan[:5]] == [("all features", None)] + [
         (each.name, target) for each in two for target in (0.5, 0.15)
     ]
-    assert {e.contender for e in plan[5 : -len(ways)]} == {"fewer tiles", "lower resolution", REFERENCE}
-    assert [(e.contender, e.parameter) for e in timed] == [(way.name, way.parameter) for way in ways]
-    pareto.measure([(first, plan)], lambda _: None)
-    report = pareto_results.result([(first, plan)], lambda _: None)
+    assert {e.contender for e in plan[5:]} == {"fewer tiles", "lower resolution", REFERENCE}
+    pareto.measure([(first, plan, ways)], lambda _: None)
+    report = pareto_results.result([(first, plan, ways)], lambda _: None)
 
     data = report["sets"]["scenes-test"]
     assert (data["rows"], data["images"]) == (16, 8)
@@ -257,26 +288,45 @@ def test_tiny_run_at_equal_cost(study: Callable[[], Study], monkeypatch: pytest.
     assert data["points"][0]["accuracy"]["all"]["value"] >= 0.75
     assert "visionzip" in pareto_page.markdown(report)
     # No policy's seconds hold the tower's: images were seen before.
-    cells = [first.journal.lines[first.key(entry, 0)] for entry in plan if entry not in timed]
+    cells = [first.journal.lines[first.key(entry, 0)] for entry in plan]
     assert all(cell["images_encoded"] == 0 and cell["tower"] == 0 for cell in cells)
     # End to end each pays for every image once, whatever was encoded before.
-    for entry in timed:
-        for cell in first.cells(entry):
-            assert cell["images_encoded"] == 4
-            assert cell["tower"] > 0
-            assert cell["preparing"] > 0
+    for cell in (cell for cells in first.cells_of_ways(ways) for cell in cells):
+        assert cell["images_encoded"] == 4
+        assert cell["tower"] > 0
     held = {point["contender"]: point for point in data["end_to_end"]["points"]}
     assert held[ALL_ROWS]["share"] == held[REAL]["share"] == 1
     assert held[BEHIND]["tower_keep_fraction"] == pytest.approx(0.6, abs=0.03)
     assert held[BEHIND]["share"] < 0.2
-    assert all(match["less"].keys() == data["kinds"].keys() for match in data["end_to_end"]["at_equal_speed"])
+    assert all(match["more"].keys() == data["kinds"].keys() for match in data["end_to_end"]["at_equal_speed"])
 
     # Begun again, it measures nothing.
     monkeypatch.setattr(Bench, "_answers", None)
     again = study()
-    assert again.plan(two, (0.5, 0.15), ways) == plan
-    assert not any(again.todo(plan, block) for block in range(2))
-    assert pareto_results.result([(again, plan)], lambda _: None)["sets"] == report["sets"]
+    assert again.plan(two, (0.5, 0.15)) == plan
+    assert not any(again.todo(plan, ways, block) for block in range(2))
+    assert pareto_results.result([(again, plan, ways)], lambda _: None)["sets"] == report["sets"]
+    # Seconds are compared within a block: one more way, and all take their turns again.
+    assert [work.kind for work in again.todo(plan, [*ways, Way("of our own")], 1)] == ["scenes-test end to end"]
+
+
+def test_ways_end_to_end_know_nothing_of_their_images(study: Callable[[], Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, opened = study(), []
+    rows = one.data.block(0)
+    one.bench.answers(KeepAll(), rows, WHOLE)
+    monkeypatch.setattr(pareto_bench, "decode", lambda image: opened.append(image) or decode(image))
+    for way in (Way(POOLED), Way(POOLED), Way(OURS, view=View(tower_policy=Alike(0.6)))):
+        opened.clear()
+        assert one.bench.end_to_end(way, rows)["images_encoded"] == len(opened) == 4
+    opened.clear()
+    one.bench.answers(KeepAll(), rows, WHOLE)
+    assert not opened
+
+
+def test_images_of_one_tile_have_no_fewer(tmp_path: Path) -> None:
+    rows = [list(each) for each in islice(shards.easy_vqa_rows("test", shards.EASY_VQA_QUESTIONS["test"]), 2)]
+    one = Study(Bench(MODEL), Journal(tmp_path / "cells.jsonl"), DataSet("easy-vqa-test", rows, 1), lambda _: None)
+    assert {way.name for way in WAYS} - {way.name for way in one.ways()} == {FEWER}
 
 
 def test_policies_of_all_kinds_share_what_is_encoded(study: Callable[[], Study]) -> None:
