@@ -415,7 +415,8 @@ def test_the_page_has_ratios_tables_and_conditions() -> None:
         "engine": {"seconds": 40.0},
         "same_texts": 1.0,
     }
-    assert "peer (batches of 16) 60 s, `python -m jobs.caption` with all features 40 s" in markdown(result)
+    said = "peer (batches of 16) 60 s, `python -m jobs.caption` with all features and all rows of the tower 40 s"
+    assert said in markdown(result)
 
 
 def test_the_plot_says_what_it_shows() -> None:
