@@ -130,7 +130,7 @@ BEHIND = f"{OURS}, then clusters"
 CONTROLS = ("random rows", "grid rows")
 RIVALS = (REAL, FEWER, "tome", "windows", "evit", *CONTROLS)
 """What the challengers are compared with at equal images/s."""
-KEEPS = (0.7, 0.6, 0.53, 0.5, 0.45, 0.4)
+KEEPS = (0.7, 0.6, 0.53, 0.5, 0.45, 0.4, 0.35, 0.3)
 """Shares of the tower's rows × layers of the challenger, which is to be had at each rival's speed,"""
 SOME = (0.7, 0.53, 0.45)
 """and of the others."""

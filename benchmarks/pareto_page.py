@@ -234,10 +234,10 @@ def conditions(report: Report) -> Iterator[str]:
         "over all)."
     )
     yield ""
+    end_to_end = [point["seconds"] for data in sets for point in data["end_to_end"]["points"]]
     yield (
-        "End to end all ways take their turns in each block, one after the other, in an order of its own. A way's fastest and "
-        f"slowest block are {spread([point['seconds'] for data in sets for point in data['end_to_end']['points']])} of its "
-        "median apart."
+        "End to end all ways take their turns in each block, one after the other, three times, each time in another order. A "
+        f"way's fastest and slowest block are {spread(end_to_end)} of its median apart."
     )
 
 

@@ -12,12 +12,12 @@ from demo.table import row
 LOSSES = (0.005, 0.01, 0.02)
 """Shares of right answers lost, at most, for which the fastest setting is named."""
 ABOUT = (
-    "End to end, from images' files to texts, by an engine that has seen none of the images; each goes through the tower once, "
-    "for all questions about it. Padding tiles' rows are pooled where nothing else is said. Speed is the median over blocks; "
-    f"beside {ALL_ROWS} (every padding row through every layer) and {POOLED} it is the median of ratios within a block, with "
-    "its 95 % interval by order statistics. *rows × layers*: the share of the tower that the rows of real tiles are left with. "
-    "*tower*: milliseconds an image, projector and clustering included, a mean. *held*: the most bytes of images' keys and "
-    f"values at once, in % of {ALL_ROWS}'."
+    "End to end, from images' files to texts, by an engine that has seen none of the images; each goes through the tower "
+    "once, for all questions about it. Padding tiles' rows are pooled where nothing else is said. Speed is the median over "
+    f"blocks, of the fastest of three passes each; beside {ALL_ROWS} (every padding row through every layer) and {POOLED} it "
+    "is the median of ratios within a block, with its 95 % interval by order statistics. *rows × layers*: the share of the "
+    "tower that the rows of real tiles are left with. *tower*: milliseconds an image, projector and clustering included, a "
+    f"mean. *held*: the most bytes of images' keys and values at once, in % of {ALL_ROWS}'."
 )
 
 
