@@ -68,8 +68,7 @@ def markdown(result: Result) -> str:
 
 def _ratios(result: Result) -> list[str]:
     lines = _head(["ratio", "goal", "predicted", "measured", "least – most of a round"])
-    # What an older run of the benchmark did not measure is left out.
-    for name, title in ((name, title) for name, title in RATIOS.items() if name in result["ratios"]):
+    for name, title in RATIOS.items():
         at_least, at_most = (result["goals"][kind].get(name) for kind in ("at_least", "at_most"))
         goal = f"≥ {at_least:g}" if at_most is None else f"≤ {at_most:g}"
         # Selection and clustering are about percents.
@@ -96,8 +95,6 @@ def _ladder(result: Result) -> list[str]:
     heads = ["", "captioning, images/s", "/ peer", "generation / peer", "questions, images/s", "/ peer", "generation / peer"]
     lines = _head(heads)
     for name, title in [*RUNGS.items(), *BESIDE.items()]:
-        if not any(name in (*load["contenders"], "peer") for load in loads):
-            continue
         cells = [f"*beside:* {title}" if name in BESIDE else title]
         for load in loads:
             each = load["contenders"].get(load["peer"] if name == "peer" else name)

@@ -56,6 +56,8 @@ class Bench:
         self._tiles: dict[tuple[str, View], Tiles] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._seen: set[tuple[str, View]] = set()
+        # What is loaded by now stays: a collection that looked at it would take a quarter of a second before every cell.
+        gc.freeze()
 
     def engine(self, policy: Policy, kept_sets: KeptSets) -> Engine:
         kind = (kept_sets, policy.slices, "class_attention" in policy.looks_at)

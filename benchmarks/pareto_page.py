@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.pareto_contenders import CLOSE
+from benchmarks.pareto_contenders import CLOSE, FEWER
 from benchmarks.pareto_scores import ALL
 from benchmarks.pareto_speed_page import ABOUT, speed
 from benchmarks.pareto_words import Point, Report, interval, percent, plus_minus
@@ -101,7 +101,7 @@ def kinds(report: Report, data: Report, target: float) -> Iterator[str]:
 def rivals(report: Report, data: Report) -> Iterator[str]:
     """Fewer tiles and lower resolution beside the reference at their bytes."""
     yield ""
-    found = [point for point in data["points"] if point["contender"] in ("fewer tiles", "lower resolution")]
+    found = [point for point in data["points"] if point["contender"] in (FEWER, "lower resolution")]
     if not found:
         yield "Its images take one tile each: fewer tiles or a lower resolution can't hold less here."
         return

@@ -15,6 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,19 @@ import torch
 
 from benchmarks import pareto_bench
 from benchmarks.pareto_bench import Bench, Cell, DataSet
-from benchmarks.pareto_contenders import CLOSE, CONTENDERS, FEWER_TILES, REFERENCE, TARGETS, WAYS, WHOLE, Contender, View, Way
+from benchmarks.pareto_contenders import (
+    CLOSE,
+    CONTENDERS,
+    FEWER,
+    FEWER_TILES,
+    REFERENCE,
+    TARGETS,
+    WAYS,
+    WHOLE,
+    Contender,
+    View,
+    Way,
+)
 from demo.table import ROOT, code, sha256
 from pipeline.images import digest
 from trimming import KeepAll, Policy, tower
@@ -113,9 +126,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be measured, and what else takes about as long."""
+    """Something to measure."""
 
     kind: str
+    """All of one kind take about as long."""
     do: Callable[[], object]
 
 
@@ -173,7 +187,7 @@ class Study:
         if floor == 1:
             return
         for view in FEWER_TILES:
-            yield Entry("fewer tiles", None, self.bench.tiles(rows, view) / most, view=view)
+            yield Entry(FEWER, None, self.bench.tiles(rows, view) / most, view=view)
         wanted = {target: share for target, (_, share) in reached.items() if share > floor + CLOSE}
         for target, share in [*wanted.items(), (None, floor)]:
             scale, found = find(lambda s: self.bench.tiles(rows, View(scale=s)) / most, share, {}, 0.001, 20)
@@ -220,9 +234,9 @@ class Study:
         order = [entry for key, entry in unknown.items() if key not in self.journal.lines]
         random.Random(f"{self.data.name}/{block}").shuffle(order)
         name = self.data.name
-        todo = [Work(f"{name} at equal bytes", lambda entry=entry: self.measure(entry, block)) for entry in order]  # type: ignore[misc]
+        todo = [Work(f"{name} at equal bytes", partial(self.measure, entry, block)) for entry in order]
         if self._ways_key(ways, block) not in self.journal.lines:
-            todo.append(Work(f"{name} end to end", lambda: self.measure_ways(ways, block)))
+            todo.append(Work(f"{name} end to end", partial(self.measure_ways, ways, block)))
         return todo
 
     def measure(self, entry: Entry, block: int) -> Cell:
