@@ -50,6 +50,9 @@ ROUNDS = 3
 """Searches for one share at most, each followed by a pass over all blocks."""
 TURNS = 3
 """Passes of each way over a block, of which the fastest counts: what else ran on the machine during the others does not."""
+PRIMITIVES = 16384
+"""Most products, each of its own shape, that oneDNN keeps ready. Of its 1,024, fewer than all ways need, those had most to hand
+whose shapes others share: a pass of 0.7 s made up to a hundred anew, or none. An engine at one setting has all of its own."""
 
 # ---- the journal ------------------------------------------------------------------------------------------------------------
 
@@ -285,7 +288,7 @@ class Study:
     def _ways_key(self, ways: Sequence[Way], block: int) -> str:
         policies = [each for way in ways for each in (way.policy, way.view.tower_policy) if each is not None]
         code = self._code(*policies)
-        timed = ("end to end", TURNS, torch.get_num_threads())
+        timed = ("end to end", TURNS, PRIMITIVES, torch.get_num_threads())
         return key_of(self._model, self._rows, self.data.blocks, code, *timed, ways, block)
 
     def _code(self, *policies: Policy | TowerPolicy) -> str:
