@@ -279,7 +279,7 @@ class Study:
         return sum(line["tower"] for line in lines) / max(1, sum(line["images_encoded"] for line in lines))
 
     def key(self, entry: Entry, block: int) -> str:
-        return self._key(block, entry.policy, entry.view, entry.kept_sets)
+        return self._key(PRIMITIVES, block, entry.policy, entry.view, entry.kept_sets)
 
     def _key(self, *what: Any) -> str:
         policies = [each for each in what if isinstance(each, Policy)] or [KeepAll()]
