@@ -546,6 +546,8 @@ def test_every_policy_takes_what_the_tower_leaves(tower_policy: TowerPolicy, pol
             assert mine.visual_tokens == sum(len(image.pixels) for image in prompt.images) * TOKENS
             assert mine.tower_keep_fraction == pytest.approx(tower_policy.keep, abs=0.05)
             left = max(left, mine.kept_visual_tokens / mine.visual_tokens)
+            # Whatever layers choose for themselves, the tower's groups are one thing for all of them.
+            assert mine.merged_into is not None
         else:
             assert mine.tower_keep_fraction is None
     assert left < tower_policy.keep

@@ -635,16 +635,18 @@ class _Surgery:
         real, keep, firsts, targets = prefill.real, prefill.keep, prefill.firsts, prefill.targets
         assert real is not None
         assert keep is not None
+        # What layers merge each for themselves has no one target.
+        chosen = self.policy.merges and self.policy.where != "each_layer"
         found: list[Tensor | None] = []
         for row, own in enumerate(real):
             places = own.nonzero()[:, 0]
             into = places if firsts is None else firsts[row, places]
             # An image whose every feature stayed has not been merged.
             clustered = not into.equal(places)
-            if self.policy.where == "each_layer" or not (clustered or self.policy.merges):
+            if not (clustered or chosen):
                 found.append(None)
                 continue
-            found.append(merged_into(own.cpu(), into.cpu(), keep[row].cpu(), None if targets is None else targets[row].cpu()))
+            found.append(merged_into(own.cpu(), into.cpu(), keep[row].cpu(), targets[row].cpu() if chosen and targets is not None else None))
         return found
 
 

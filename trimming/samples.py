@@ -34,7 +34,7 @@ class SampleTrim:
     which other sequences may share."""
     merged_into: LongTensor | None = None
     """(N,) on the same axis: the kept position of the feature that each position's is in, its own where it stayed, −1 where it
-    went; None where nothing was merged, or each layer merges for itself."""
+    went; None where nothing was merged, or only by each layer for itself."""
     tower_keep_fraction: float | None = None
     """Share of rows × layers that the vision tower was left with, of its images' real tiles; None without any."""
     self_kv_bytes: int

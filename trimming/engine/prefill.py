@@ -824,9 +824,11 @@ class _Batch:
     def _merged_into(self, s: _Set, keep: Tensor) -> Tensor | None:
         """See ``SampleTrim.merged_into``; ``keep`` (N,) bool."""
         policy, size = self.prefill.policy, self.prefill.max_tiles * self.prefill.tokens
-        if policy.where == "each_layer" or not (policy.merges or s.clustered):
+        # What layers merge each for themselves has no one target.
+        chosen = policy.merges and policy.where != "each_layer"
+        if not (chosen or s.clustered):
             return None
-        targets = s.decision.targets[0] if policy.merges else None
+        targets = s.decision.targets[0] if chosen else None
         firsts = []
         for i, image in enumerate(s.group.encoded):
             own = torch.arange(image.tiles * self.prefill.tokens)
