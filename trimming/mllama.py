@@ -646,7 +646,11 @@ class _Surgery:
             if not (clustered or chosen):
                 found.append(None)
                 continue
-            found.append(merged_into(own.cpu(), into.cpu(), keep[row].cpu(), targets[row].cpu() if chosen and targets is not None else None))
+            found.append(
+                merged_into(
+                    own.cpu(), into.cpu(), keep[row].cpu(), targets[row].cpu() if chosen and targets is not None else None
+                )
+            )
         return found
 
 
