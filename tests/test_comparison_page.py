@@ -51,6 +51,7 @@ def run(
         "policy": policy,
         "options": options,
         "max_tiles": tiles,
+        "tower_tiles": "pooled",
         "tower": None,
         "tower_kept": 1.0,
         "kept_sets": None if policy == "none" else "image",

@@ -88,6 +88,8 @@ def test_names_say_what_is_compared(tmp_path: Path) -> None:
     assert [run.name for run in found] == ["none (full)", "mine", "none max_tiles=1", "none (again)"]
     write_run(tmp_path / "tower", rows("a"), config={"tower_policy": "alike"})
     assert read_runs([str(tmp_path / "tower")], folders[1], {})[1].name == "none tower_policy=alike tower_keep=0.5"
+    write_run(tmp_path / "padding", rows("a"), config={"tower_tiles": "all"})
+    assert read_runs([str(tmp_path / "padding")], folders[1], {})[1].name == "none tower_tiles=all"
     # A path with an equals sign is no name.
     found = read_runs([folders[0], folders[1]], folders[1] + "/", {})
     assert [run.name for run in found] == ["none max_tiles=1", "trimmed-llama k_ratio=0.25"]

@@ -314,8 +314,8 @@ class Costs:
             tiles: real tiles of each image.
             prompt: tokens of each prompt, the image's own among them; ``before``: those before it.
             output: tokens of each answer. The prefill gives the first one, and the last one is never fed back.
-            keep: share of the visual tokens that stays, as Trimmed-Llama has it: the first cross-attention layer's prefill
-                sees all that the tower leaves.
+            keep: share of what the tower leaves that stays, as Trimmed-Llama has it: the first cross-attention layer's prefill
+                sees all of it.
             questions: about each image, which is encoded once.
             tower_tiles, tower_policy: as in ``tower``.
             kept_sets: ``image``: an image's questions decide together, and share one kept set. ``question``: each has its own,
@@ -324,7 +324,7 @@ class Costs:
                 layers see that alone, and all questions about the image share it.
         """
         rows, visual = images * questions, self.tower_rows(tiles, tower_policy)[-1]
-        kept = min(visual, max(1, round(keep * tiles * self.tokens)))
+        kept = max(1, round(keep * visual))
         together = questions if kept_sets == "image" or merged else 1
         sharing = questions if kept == visual else together
         seen = kept if merged else visual

@@ -115,13 +115,11 @@ def _point(report: Report, run: Report, score: str, x: float | None) -> _Point |
             series, label, order = f"tower {policy}", f"tower {share}", float(share)
             if run["max_tiles"]:
                 series += f", max_tiles={run['max_tiles']}"
+        elif run["policy"] == "none" and run["max_tiles"]:
+            label = f"{run['max_tiles']} tile{'s' * (run['max_tiles'] > 1)}"
+            series, order = "fewer tiles", run["max_tiles"]
         elif run["policy"] == "none":
-            series, label, order = (
-                "fewer tiles",
-                f"{run['max_tiles']} tiles" if run["max_tiles"] else run["name"],
-                run["max_tiles"] or 0,
-            )
-            label = label.replace("1 tiles", "1 tile") if run["max_tiles"] == 1 else label
+            series = f"padding tiles {run['tower_tiles']}"
         else:
             # Runs that differ in more than the value of the policy's first option are on other lines.
             usual = next(iter(POLICY_OPTIONS.get(run["policy"], {})), option)

@@ -116,6 +116,7 @@ def _conditions(report: Report, runs: Sequence[Run]) -> tables.Table:
         "policy": lambda run: " ".join([run["policy"], *(f"{k}={v}" for k, v in run["options"].items())]),
         "kept sets": lambda run: shown(run["kept_sets"]),
         "most tiles": lambda run: shown(run["max_tiles"] or "the model's"),
+        "padding tiles": lambda run: shown(run["tower_tiles"]),
         "tower": lambda run: shown(run["tower"] or "all rows"),
         "model": lambda run: f"{run['model']} ({run['identity']})",
         "type": lambda run: shown(run["dtype"]),

@@ -95,6 +95,7 @@ def describe(run: Run, price: prices.Price | None, reference: str | None) -> dic
         "policy": run.policy,
         "options": run.options,
         "max_tiles": run.max_tiles,
+        "tower_tiles": run.tower_tiles,
         "tower": run.tower,
         "kept_sets": run.kept_sets,
         "model": run.record["checkpoint"]["source"],

@@ -24,7 +24,7 @@ CHUNK_ROWS = 65_536
 _READERS = 8
 _RUN = re.compile(r"run(-\d+-of-(\d+))?\.json")
 # What is compared belongs to the name, what is the same in both runs does not.
-_NAMED = ("max_tiles", "key_channels", "kept_sets", "tower_policy", "tower_keep")
+_NAMED = ("max_tiles", "key_channels", "kept_sets", "tower_tiles", "tower_policy", "tower_keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,11 @@ class Run:
         """Whether rows about one image shared what they kept (``image``) or each kept its own; None without a policy."""
         # Before there was a choice, each row kept its own.
         return None if self.policy == "none" else str(self.config.get("kept_sets", "question"))
+
+    @property
+    def tower_tiles(self) -> str:
+        """What became of padding tiles; a run of before there was a choice had all of them."""
+        return str(self.config.get("tower_tiles", "all"))
 
     @property
     def tower(self) -> str | None:

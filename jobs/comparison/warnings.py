@@ -72,7 +72,8 @@ def _joins(run: Run, baseline: Run, joined: int) -> list[str]:
 
 def _holds_more(run: Run, baseline: Run) -> list[str]:
     """Where a trimmed run held more than the baseline, which keeps everything of the same tiles."""
-    if run.policy == "none" or baseline.policy != "none" or run.max_tiles != baseline.max_tiles:
+    whole = baseline.policy == "none" and baseline.tower is None
+    if run.policy == "none" or not whole or run.max_tiles != baseline.max_tiles:
         return []
     peak, other = (costs.peaks(one)["cross_kv_bytes"] for one in (run, baseline))
     # More rows at once fill more memory, which is no fault. What is held over time is told by a run itself: see ``_own``.
