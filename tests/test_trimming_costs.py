@@ -341,6 +341,14 @@ def test_a_batch_by_stage(
     assert watched.total("decode") == stages.decode.operations
 
 
+def test_a_share_is_of_what_the_tower_leaves() -> None:
+    costs = Costs(CONFIG_11B)
+    left = costs.tower_rows(2, Alike(0.5))[-1]
+    half = costs.batch(tiles=2, prompt=30, output=2, keep=0.5, merged=True, tower_policy=Alike(0.5))
+    assert half.cross_kv.operations == round(left / 2) * 8 * 2 * 4096 * 2 * 1024
+    assert left < 2 * 1601 / 3
+
+
 def test_six_questions_an_image_by_hand() -> None:
     """Of the 11B: 8 cross-attention layers of 8 heads of keys of 128, in bf16; two tiles of 1,601 tokens; 60 % of them stay."""
     costs = Costs(CONFIG_11B)
