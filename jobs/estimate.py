@@ -32,7 +32,7 @@ def parser() -> ArgumentParser:
     add("--gpus-per-actor", type=int, default=1, help="GPUs for each copy of the model, one of which works at a time")
     add("--price", type=float | None, help="dollars an hour for each GPU; default: none, and then no dollars")
     add("--k-ratio", type=float | None, help="Trimmed-Llama's K; default: the run's of --from, else 0.25")
-    add("--keep", type=float | None, help="the kept fraction itself, instead of K")
+    add("--keep", type=float | None, help="the kept fraction of what the tower leaves, instead of K")
     add("--merged", action="store_true", help="--keep is what clusters leave, merged before any question is read")
     add(
         "--kept-sets",

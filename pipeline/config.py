@@ -113,11 +113,12 @@ class RunConfig:
     """Which visual tokens the cross-attention layers keep; ``none`` keeps all of them."""
 
     k_ratio: float | None = None
-    """trimmed-llama: share of the visual tokens that each head picks, 0 < K <= 1; default 0.25."""
+    """trimmed-llama: share of the visual tokens, or of what a tower policy leaves, that each head picks, 0 < K <= 1;
+    default 0.25."""
 
     keep: float | None = None
-    """All policies but none, trimmed-llama and zipvl: share of the visual tokens kept (think: of the key channels),
-    0 < keep <= 1; default 0.5, for clusters what ``likeness`` leaves."""
+    """All policies but none, trimmed-llama and zipvl: share kept of the visual tokens, or of what a tower policy leaves (think:
+    of the key channels), 0 < keep <= 1; default 0.5, for clusters what ``likeness`` leaves."""
 
     mass: float | None = None
     """zipvl: share of each layer's attention that what it keeps holds, 0 < mass <= 1; default 0.95."""
@@ -171,7 +172,7 @@ class RunConfig:
     """Sampling: the k likeliest tokens."""
 
     seed: int = 0
-    """Seed of sampling and of the random policy."""
+    """Seed of sampling and of the random policies."""
 
     stop: list[str] = field(default_factory=list)
     """Texts that end an answer and are cut off it."""
@@ -185,8 +186,8 @@ class RunConfig:
 
     tower_policy: TowerPolicyName | None = None
     """Which of an image's rows go on through the vision tower, layer by layer: rows that are alike merge (``alike``, ``tome``),
-    neighbours that are alike do (``windows``), or what class tokens look at least leaves (``evit``); ``random`` and ``grid``
-    are controls; default: all rows go through all layers."""
+    neighbours that are alike do (``windows``), or those leave that class tokens look at least (``evit``); ``random`` and
+    ``grid`` are controls; default: all rows go through all layers."""
 
     tower_keep: float | None = None
     """With a tower policy: share of the tower's rows × layers that is left, about its share of the work, 0 < share <= 1;
