@@ -288,8 +288,9 @@ def _set(run: Run) -> dict[str, Any]:
     from pipeline.config import RunConfig
 
     values = {name: run.config.get(name) for name in _NAMED} | {"kept_sets": run.kept_sets}
-    usual = RunConfig.__dataclass_fields__
-    return {name: value for name, value in values.items() if value is not None and value != usual[name].default}
+    # A run writes down what its default came to.
+    usual = {name: each.default for name, each in RunConfig.__dataclass_fields__.items()} | {"tower_tiles": "pooled"}
+    return {name: value for name, value in values.items() if value is not None and value != usual[name]}
 
 
 def _short(error: Exception) -> str:
