@@ -50,9 +50,9 @@ ROUNDS = 3
 """Searches for one share at most, each followed by a pass over all blocks."""
 TURNS = 3
 """Passes of each way over a block, of which the fastest counts: what else ran on the machine during the others does not."""
-PRIMITIVES = 16384
-"""Most products, each of its own shape, that oneDNN keeps ready. Of its 1,024, fewer than all ways need, those had most to hand
-whose shapes others share: a pass of 0.7 s made up to a hundred anew, or none. An engine at one setting has all of its own."""
+PRIMITIVE_CACHE = 16384
+"""Capacity of oneDNN's cache of compiled products, one for each shape. The ways together need more than its default of 1,024:
+those whose shapes others share found theirs compiled, others compiled up to a hundred in a pass of 0.7 s."""
 
 # ---- the journal ------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class Study:
         return sum(line["tower"] for line in lines) / max(1, sum(line["images_encoded"] for line in lines))
 
     def key(self, entry: Entry, block: int) -> str:
-        return self._key(PRIMITIVES, block, entry.policy, entry.view, entry.kept_sets)
+        return self._key(PRIMITIVE_CACHE, block, entry.policy, entry.view, entry.kept_sets)
 
     def _key(self, *what: Any) -> str:
         policies = [each for each in what if isinstance(each, Policy)] or [KeepAll()]
@@ -288,7 +288,7 @@ class Study:
     def _ways_key(self, ways: Sequence[Way], block: int) -> str:
         policies = [each for way in ways for each in (way.policy, way.view.tower_policy) if each is not None]
         code = self._code(*policies)
-        timed = ("end to end", TURNS, PRIMITIVES, torch.get_num_threads())
+        timed = ("end to end", TURNS, PRIMITIVE_CACHE, torch.get_num_threads())
         return key_of(self._model, self._rows, self.data.blocks, code, *timed, ways, block)
 
     def _code(self, *policies: Policy | TowerPolicy) -> str:

@@ -186,7 +186,7 @@ class RunConfig:
 
     tower_policy: TowerPolicyName | None = None
     """Which of an image's rows go on through the vision tower, layer by layer: rows that are alike merge (``alike``, ``tome``),
-    neighbours that are alike do (``windows``), or those leave that class tokens look at least (``evit``); ``random`` and
+    neighbours that are alike do (``windows``), or those that class tokens attend to least leave (``evit``); ``random`` and
     ``grid`` are controls; default: all rows go through all layers."""
 
     tower_keep: float | None = None

@@ -635,22 +635,19 @@ class _Surgery:
         real, keep, firsts, targets = prefill.real, prefill.keep, prefill.firsts, prefill.targets
         assert real is not None
         assert keep is not None
-        # What layers merge each for themselves has no one target.
-        chosen = self.policy.merges and self.policy.where != "each_layer"
+        if self.policy.where == "each_layer":
+            # What layers merge each for themselves has no one target.
+            targets = None
         found: list[Tensor | None] = []
         for row, own in enumerate(real):
             places = own.nonzero()[:, 0]
             into = places if firsts is None else firsts[row, places]
             # An image whose every feature stayed has not been merged.
             clustered = not into.equal(places)
-            if not (clustered or chosen):
+            if not clustered and targets is None:
                 found.append(None)
                 continue
-            found.append(
-                merged_into(
-                    own.cpu(), into.cpu(), keep[row].cpu(), targets[row].cpu() if chosen and targets is not None else None
-                )
-            )
+            found.append(merged_into(own.cpu(), into.cpu(), keep[row].cpu(), None if targets is None else targets[row].cpu()))
         return found
 
 

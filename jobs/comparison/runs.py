@@ -101,8 +101,8 @@ class Run:
 
     @property
     def tower_tiles(self) -> str:
-        """What became of padding tiles; a run of before there was a choice had all of them."""
-        return str(self.config.get("tower_tiles", "all"))
+        """What became of padding tiles in the tower."""
+        return str(self.config["tower_tiles"])
 
     @property
     def tower(self) -> str | None:

@@ -14,8 +14,8 @@ from trimming.tower.tome import ToMe
 @dataclass(frozen=True)
 class Alike(ToMe):
     """``ToMe``'s matching by the rows' own states behind the layer: what is to be one row is compared itself, rather than what
-    others look at of it. A mean over heads of keys says less: with 0.45 of the tower left, the demo's models answer 2.4 and 4.5
-    points less of their scenes by keys than by states (``make pareto``)."""
+    others look at of it. A mean over heads of keys says less: with 0.45 of the tower left, the demo's models have 2.4 and
+    4.5 points fewer right answers about scenes by keys than by states (``make pareto``)."""
 
     looks_at: ClassVar[frozenset[Look]] = frozenset()
 
