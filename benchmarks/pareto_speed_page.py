@@ -49,8 +49,8 @@ def speed(data: Report) -> Iterator[str]:
     yield (
         "At equal images/s: beside each rival the slowest setting of ours that is shown to be at least as fast (the interval "
         "of its ratio begins at 1). Where speeds hardly differ, as with few rows a tile, it keeps far fewer rows than the "
-        "rival does: compare them in the table above. The demo models have not learnt to see smaller objects, nor images without "
-        "padding."
+        "rival does: compare them in the table above. The demo models have not learnt to see smaller objects, nor images "
+        "without padding."
     )
     yield ""
     yield row(["rival", "right", "ours", "× as fast", "right", "ours more, points"])
