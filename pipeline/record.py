@@ -223,8 +223,7 @@ def summarise(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     judged, correct = totals.pop("judged"), totals.pop("correct")
     totals["error_kinds"] = errors.merge(kinds)
     totals["mean_keep_fraction"] = kept / trimmed_rows if trimmed_rows else None
-    # Of rows with images; older versions, which counted none, let all of them go through the tower.
-    totals["mean_tower_keep_fraction"] = (tower_kept / trimmed_rows or 1.0) if trimmed_rows else None
+    totals["mean_tower_keep_fraction"] = tower_kept / trimmed_rows if trimmed_rows else None
     totals["accuracy"] = correct / judged if judged else None
     totals["judged"] = judged
     totals["device"] = ", ".join(sorted(devices))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import product
+from typing import Protocol
 
 import pytest
 
@@ -17,8 +17,21 @@ from trimming import Clusters, KeepAll, Policy, TrimmedLlama
 from trimming.costs import Costs, Look
 from trimming.engine import Completion, KeptSets, memory
 from trimming.engine.request import GROUP_ROWS
+from trimming.tower import Alike, TowerPolicy
 
-Measure = Callable[[Workload, Policy, int, int, KeptSets], tuple[dict[str, float], list[Completion]]]
+
+class Measure(Protocol):
+    def __call__(
+        self,
+        load: Workload,
+        policy: Policy,
+        sequences: int,
+        room: int,
+        kept_sets: KeptSets,
+        tower_policy: TowerPolicy | None = None,
+    ) -> tuple[dict[str, float], list[Completion]]: ...
+
+
 LOADS = {
     "captioning": workloads.captioning,
     "questions": workloads.questions,
@@ -29,15 +42,21 @@ LOADS = {
 
 @pytest.fixture(scope="module")
 def engine() -> Measure:
-    """What the engine itself counts, and its answers: a workload, a policy, sequences and bytes of KV at most, kept sets."""
+    """What the engine itself counts, and its answers: a workload, a policy, sequences and bytes of KV at most, kept sets, and a
+    tower policy."""
     processor = build_processor(TINY)
     model = build_model(TINY, processor, 0)
 
     def measure(
-        load: Workload, policy: Policy, sequences: int, room: int, kept_sets: KeptSets
+        load: Workload,
+        policy: Policy,
+        sequences: int,
+        room: int,
+        kept_sets: KeptSets,
+        tower_policy: TowerPolicy | None = None,
     ) -> tuple[dict[str, float], list[Completion]]:
         ours = Ours(model, processor, sequences, room)
-        made = ours.engine(policy, kept_sets=kept_sets)
+        made = ours.engine(policy, kept_sets=kept_sets, tower_policy=tower_policy)
         answers = made.generate(ours.requests(load, range(len(load.rows)), {}))
         counted = made.statistics
         return {name: getattr(counted, name) for name in counted.__slots__}, answers
@@ -66,14 +85,22 @@ def of(calls: list[Call], stage: str) -> list[Call]:
 
 @pytest.mark.parametrize(("name", "sequences"), [*product(LOADS, (3, 64)), ("questions", 7)])
 @pytest.mark.parametrize(
-    ("policy", "kept_sets"),
-    [(KeepAll(), "image"), (TrimmedLlama(0.2), "image"), (TrimmedLlama(0.2), "question"), (Clusters(0.2), "image")],
-    ids=["all", "trimmed by image", "trimmed by question", "merged"],
+    ("policy", "kept_sets", "tower"),
+    [
+        (KeepAll(), "image", None),
+        (TrimmedLlama(0.2), "image", None),
+        (TrimmedLlama(0.2), "question", None),
+        (Clusters(0.2), "image", None),
+        (KeepAll(), "image", Alike(0.6)),
+        (TrimmedLlama(0.2), "image", Alike(0.6)),
+    ],
+    ids=["all", "trimmed by image", "trimmed by question", "merged", "trimmed tower", "trimmed tower, trimmed"],
 )
 def test_it_makes_the_engines_calls(
     name: str,
     policy: Policy,
     kept_sets: KeptSets,
+    tower: TowerPolicy | None,
     sequences: int,
     costs: Costs,
     engine: Measure,
@@ -83,10 +110,12 @@ def test_it_makes_the_engines_calls(
     # The tiny model's segments are so short that what aligns them would be a tenth of them.
     monkeypatch.setattr(memory, "GRAIN", 1)
     load = LOADS[name](12, 0, TINY)
-    counted, answers = engine(load, policy, sequences, 1 << 26, kept_sets)
+    counted, answers = engine(load, policy, sequences, 1 << 26, kept_sets, tower)
     rows = rows_of(load, costs, answers)
     merged = policy.clustering is not None
-    modelled = Engine(costs=costs, kv_bytes=1 << 26, max_sequences=sequences, kept_sets=kept_sets, merged=merged)
+    modelled = Engine(
+        costs=costs, kv_bytes=1 << 26, max_sequences=sequences, kept_sets=kept_sets, tower_policy=tower, merged=merged
+    )
     calls = list(modelled.calls(rows))
     steps = of(calls, "decode")
     assert len(steps) == counted["decode_steps"]
@@ -98,9 +127,9 @@ def test_it_makes_the_engines_calls(
     assert sum(call.rows for call in of(calls, "tower")) == counted["images_encoded"]
     # Of questions that each keep a set of its own some keep the same, by chance, and share it in the engine.
     chance = 0.06 if kept_sets == "question" else 1e-9
-    # A cluster's bias is four bytes for each head of keys.
+    # What a merged feature counts is four bytes for each head of keys.
     heads, layers = costs.geometry.kv_heads, costs.geometry.cross_layers
-    more = 1 + merged * heads * 4 / (layers * costs.geometry.layer_kv_bytes(4))
+    more = 1 + (merged or tower is not None) * heads * 4 / (layers * costs.geometry.layer_kv_bytes(4))
     assert more * max(call.held for call in calls) == pytest.approx(counted["peak_cross_kv_bytes"], rel=chance)
     assert more * sum(step.held for step in steps) == pytest.approx(counted["cross_kv_bytes_read"], rel=chance)
 

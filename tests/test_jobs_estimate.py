@@ -18,6 +18,7 @@ from jobs.estimation.machine import Machine, roofline
 from jobs.estimation.measured import read
 from jobs.estimation.models import config_of
 from jobs.report import STAGES, Stage
+from pipeline.model import tower_policy_of
 from pipeline.storage import Storage
 from trimming.costs import Costs
 
@@ -47,13 +48,17 @@ def built(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 def measured(folder: Path, machine: Machine, costs: Costs, **given: Any) -> None:
-    """A run of 64 rows, two about each image, whose stages took what they take on ``machine``."""
+    """A run of 64 rows, two about each image, whose stages took what they take on ``machine``. ``keep`` is of what the tower
+    leaves."""
+    policy = given.get("policy", {"policy": "trimmed-llama", "k_ratio": 0.25} if "keep" in given else {})
+    tower = tower_policy_of(policy.get("tower_policy"), policy.get("tower_keep"))
     rows = [
         {
             "id": str(i),
             "image_digest": digest(str(i // 2)),
             "tiles": 1 + i // 2 % 2,
             "visual_tokens": (1 + i // 2 % 2) * costs.tokens,
+            "kept_visual_tokens": round(given.get("keep", 1.0) * costs.tower_rows(1 + i // 2 % 2, tower)[-1]),
             "keep_fraction": given.get("keep", 1.0),
             "prompt_tokens": 12,
             "output_tokens": 2 + i % 7,
@@ -62,7 +67,7 @@ def measured(folder: Path, machine: Machine, costs: Costs, **given: Any) -> None
     ]
     tokens = sum(int(row["output_tokens"]) - 1 for row in rows)
     options: dict[str, Any] = {
-        "config": given.get("policy", {"policy": "trimmed-llama", "k_ratio": 0.25}) if "keep" in given else {},
+        "config": policy,
         "device": given.get("device", "CPU, 2 threads"),
         "dtype": given.get("dtype", "float32"),
         "run": {"checkpoint": {"source": given.get("model", DEMO), "identity": "it"}},
@@ -187,6 +192,10 @@ def test_json_is_unrounded_and_adds_up(tmp_path: Path) -> None:
         ((*H100, "--json", "/missing/folder/file"), "No such file"),
         ((*H100, "--colour", "blue"), "colour"),
         ((*H100, "--kept-sets", "both"), "kept_sets"),
+        ((*H100, "--tower-policy", "foo"), "tower_policy"),
+        ((*H100, "--tower-keep", "0.4"), "tower_keep=0.4 means nothing without a tower_policy"),
+        ((*H100, "--tower-policy", "tome", "--tower-keep", "1.5"), "keep=1.5 is not a share of the tower"),
+        ((*H100, "--tower-policy", "tome", "--tower-keep", "0.01"), "keep=0.01 of the tower: its first layer alone"),
         ((), "images"),
     ],
 )
@@ -196,6 +205,56 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], said: str, capsys: py
     assert said in err
     assert err.startswith("python -m jobs.estimate: ")
     assert err.count("\n") == 1
+
+
+def test_a_tower_policy_shortens_the_tower_and_all_behind_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (*H100, "--tower-policy", "alike")
+    found = built(tmp_path, *asked, "--keep", "1")
+    said = capsys.readouterr().out
+    left = found["job"]["tower_policy"]["left"]
+    assert f"tower    trimmed: Alike leaves 50% of rows × layers (default), {left:.1%} of the features\n" in said
+    assert "keeps" not in said.partition("trimmed  ")[2].partition("\n")[0]
+    full, trimmed = found["full"], found["trimmed"]
+    assert full == built(tmp_path, *H100, "--keep", "1")["trimmed"]
+    for stage in STAGES:
+        assert trimmed["stages"][stage]["seconds"] < full["stages"][stage]["seconds"]
+    # Attention shrinks with the square.
+    assert trimmed["stages"]["tower"]["seconds"] < 0.5 * full["stages"]["tower"]["seconds"]
+    assert trimmed["cross_kv_bytes_read"] == pytest.approx(left * full["cross_kv_bytes_read"], rel=0.02)
+    assert built(tmp_path, *asked, "--keep", "1", "--tower-keep", "1")["trimmed"] == full
+
+
+def test_a_published_share_behind_a_trimmed_tower_is_an_assumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = built(tmp_path, *H100, "--tower-policy", "evit", "--tower-keep", "0.4")
+    assert "trimmed: EViT leaves 40% of rows × layers, " in capsys.readouterr().out
+    assert (found["keep"], found["k_ratio"]) == (0.615, 0.25)
+    assert "published for the 11b" in found["keep_from"]
+    assert found["keep_from"].endswith("that this much stays of what another tower leaves is an assumption")
+
+
+def test_the_documented_bill_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/estimate.md, "What the tower makes of the bill"."""
+    table = (ROOT / "docs" / "estimate.md").read_text().partition("## What the tower makes")[2].partition("| ---")[2]
+    lines = [line.strip("| ").split(" | ")[1:] for line in table.splitlines()[1:6]]
+    every, alike = ("--tower-tiles", "all"), ("--tower-policy", "alike")
+    commands = [
+        ("full", every),
+        ("trimmed", (*every, "--k-ratio", "0.25")),
+        ("full", ()),
+        ("trimmed", (*alike, "--keep", "1")),
+        ("trimmed", (*alike, "--merged", "--keep", "0.5")),
+    ]
+    places = [("11b", "h100", "1"), ("11b", "l40s", "1"), ("90b", "h100", "4"), ("90b", "l40s", "8")]
+    for line, (which, options) in zip(lines, commands, strict=True):
+        for said, (model, gpu, each) in zip(line, places, strict=True):
+            where = ("--images", "1e6", "--gpus", "8", "--model", model, "--gpu", gpu, "--gpus-per-actor", each)
+            code, out, _ = run(capsys, *where, *options)
+            assert code == 0
+            column = {"full": 0, "trimmed": 1}[which]
+            names = [f"s per 1,000 images, {stage} " for stage in STAGES] + ["GPU hours "]
+            found = [float(out.partition(name)[2].split()[column].replace(",", "")) for name in names]
+            documented = [float(part) for part in said.replace("(", "· ").replace(")", "").split(" · ")]
+            assert documented == pytest.approx(found, rel=1e-9), (which, options, model, gpu)
 
 
 def test_a_gpu_that_the_table_lacks(tmp_path: Path) -> None:
@@ -293,6 +352,60 @@ def test_another_policys_kept_fraction_is_taken(tmp_path: Path, costs: Costs) ->
     found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"))
     assert found["keep"] == pytest.approx(0.5, abs=0.01)
     assert (found["k_ratio"], found["keep_from"]) == (None, "measured by the run")
+
+
+TOWER = {"policy": "none", "tower_policy": "windows", "tower_keep": 0.6}
+
+
+def test_a_run_with_a_trimmed_tower_is_estimated_as_it_was(
+    tmp_path: Path, costs: Costs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is left out behind it: that is what the run kept, not the default K."""
+    measured(tmp_path / "run", CPU, costs, policy=TOWER)
+    assert read(str(tmp_path / "run"), {}).keep < 0.6
+    asked = ("--images", "1000", "--from", str(tmp_path / "run"))
+    found = built(tmp_path, *asked)
+    assert (found["keep"], found["k_ratio"], found["keep_from"]) == (1, None, "measured by the run")
+    assert (found["job"]["tower_policy"]["name"], found["job"]["tower_policy"]["keep"]) == ("Windows", 0.6)
+    assert found["run"]["like"] == "trimmed"
+    said = capsys.readouterr().out
+    assert "tower    trimmed: Windows (the run's) leaves 60% of rows × layers (the run's), " in said
+    # Rates come from the rows that went through.
+    assert found["rates"]["tower"]["operations_per_second"] == pytest.approx(CPU.operations["tower"], rel=0.05)
+    half = built(tmp_path, *asked, "--keep", "0.5")
+    assert half["trimmed"]["stages"]["tower"] == found["trimmed"]["stages"]["tower"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "kind", "keep"),
+    [
+        (("--tower-keep", "0.45"), "Windows", 0.45),
+        (("--tower-policy", "windows"), "Windows", 0.6),
+        (("--tower-policy", "tome"), "ToMe", 0.5),
+        (("--tower-policy", "tome", "--tower-keep", "0.7"), "ToMe", 0.7),
+    ],
+)
+def test_a_stated_tower_stands_in_for_the_runs(
+    stated: tuple[str, ...], kind: str, keep: float, tmp_path: Path, costs: Costs
+) -> None:
+    measured(tmp_path / "run", CPU, costs, keep=0.5, policy={**TOWER, "policy": "trimmed-llama", "k_ratio": 0.25})
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"), *stated)
+    assert (found["job"]["tower_policy"]["name"], found["job"]["tower_policy"]["keep"]) == (kind, keep)
+    # In whole features of what the tower left.
+    assert found["keep"] == pytest.approx(0.5, abs=0.02)
+    same = (kind, keep) == ("Windows", 0.6)
+    assert ("what another tower leaves is an assumption" in found["keep_from"]) != same
+    assert found["keep_from"].startswith("measured by the run at this K")
+
+
+def test_a_share_of_another_tower_is_carried_over(tmp_path: Path, costs: Costs) -> None:
+    measured(tmp_path / "run", CPU, costs, keep=0.5, policy={"policy": "grid", "keep": 0.5})
+    asked = ("--images", "1000", "--from", str(tmp_path / "run"))
+    found = built(tmp_path, *asked, "--tower-policy", "alike")
+    assert found["keep"] == pytest.approx(0.5, abs=0.02)
+    assert "another tower" in found["keep_from"]
+    # Letting all rows through is no other tower.
+    assert "another tower" not in built(tmp_path, *asked, "--tower-policy", "alike", "--tower-keep", "1")["keep_from"]
 
 
 def test_a_run_on_s3(tmp_path: Path, costs: Costs, s3: dict[str, Any]) -> None:

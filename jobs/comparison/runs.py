@@ -90,14 +90,13 @@ class Run:
 
     @property
     def max_tiles(self) -> int | None:
-        value = self.config.get("max_tiles")
+        value = self.config["max_tiles"]
         return None if value is None else int(value)
 
     @property
     def kept_sets(self) -> str | None:
         """Whether rows about one image shared what they kept (``image``) or each kept its own; None without a policy."""
-        # Before there was a choice, each row kept its own.
-        return None if self.policy == "none" else str(self.config.get("kept_sets", "question"))
+        return None if self.policy == "none" else str(self.config["kept_sets"])
 
     @property
     def tower_tiles(self) -> str:
@@ -107,7 +106,7 @@ class Run:
     @property
     def tower(self) -> str | None:
         """Which rows went on through the tower, and the share that was left of it, as in ``alike 0.5``; None for all."""
-        policy = self.config.get("tower_policy")
+        policy = self.config["tower_policy"]
         return None if policy is None else f"{policy} {self.config['tower_keep']:g}"
 
     @property

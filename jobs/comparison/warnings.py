@@ -27,25 +27,23 @@ _SETTINGS = (
     ("limit", "limits"),
 )
 _VERSIONS = ("torch", "transformers")
-# Of what a run's record may lack, since the option is younger than the run, the value that it had.
-_DEFAULTS: dict[str, Any] = {"stop": [], "temperature": 0.0, "tower_tiles": "all"}
 
 
 def warnings(run: Run, baseline: Run, joined: int) -> list[str]:
     """One sentence for each reason why ``run`` and ``baseline``, ``joined`` of whose rows share an id, don't quite compare."""
     said = []
     if run.input_digest != baseline.input_digest:
-        here, there = run.config.get("input"), baseline.config.get("input")
+        here, there = run.config["input"], baseline.config["input"]
         changed = f"shards of {here} have changed between {baseline.name} and {run.name}"
         why = changed if here == there else _two(run, baseline, here, there)
         said.append(f"The inputs differ: {why}; rows are compared that have the same id, and may have other images.")
     said += _joins(run, baseline, joined)
     for name, called in _SETTINGS:
-        here, there = (r.config.get(name, _DEFAULTS.get(name)) for r in (run, baseline))
+        here, there = (r.config[name] for r in (run, baseline))
         if here != there:
             said.append(f"The {called} differ: {_two(run, baseline, here, there)}.")
-    sampled = run.config.get("temperature") or baseline.config.get("temperature")
-    if sampled and run.config.get("seed") != baseline.config.get("seed"):
+    sampled = run.config["temperature"] or baseline.config["temperature"]
+    if sampled and run.config["seed"] != baseline.config["seed"]:
         said.append(f"The seeds of sampling differ: {_two(run, baseline, run.config['seed'], baseline.config['seed'])}.")
     if run.record["checkpoint"]["identity"] != baseline.record["checkpoint"]["identity"]:
         models = (f"{r.record['checkpoint']['source']} ({r.record['checkpoint']['identity']})" for r in (run, baseline))

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jobs.comparison.runs import Run, read_run
 from jobs.estimation.gpus import Gpu, reported
 from jobs.estimation.job import CPU_KV
 from jobs.estimation.machine import Machine, fit_cpu, roofline, shares_of
+from jobs.estimation.models import config_of
 from jobs.estimation.schedule import Call, Engine, Row
 from jobs.report import STAGES, Stage
 from pipeline.model import tower_policy_of
 from pipeline.storage import Storage
 from trimming.costs import Costs, Look
 from trimming.engine.request import KeptSets
-from trimming.tower import TowerTiles
+from trimming.tower import TowerPolicy, TowerTiles
 
 SAMPLE_ROWS = 4096
 """Rows of the run that its schedule is worked out for; of more than these the first ones stand for all."""
@@ -27,7 +29,7 @@ _COLUMNS = ("image_digest", "images", "tiles", "prompt_tokens", "output_tokens",
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One run. Means are over its rows with one image, which are all that the model knows of."""
 
@@ -73,14 +75,24 @@ class Measured:
         """Sequences of a decode step."""
         return self.decode_tokens / self.decode_steps
 
-    def of_left(self, costs: Costs) -> float:
+    @property
+    def tower(self) -> TowerPolicy | None:
+        """None where all rows went through the tower."""
+        return None if self.tower_keep == 1 else tower_policy_of(self.tower_policy, self.tower_keep)
+
+    @property
+    def trims(self) -> bool:
+        """Whether anything was left out, in the tower or behind it."""
+        return self.tower is not None or self.keep_of_left < 1
+
+    @cached_property
+    def keep_of_left(self) -> float:
         """Share that was kept of what the tower left."""
-        policy = tower_policy_of(self.tower_policy, self.tower_keep)
-        if policy is None:
+        if self.tower is None:
             return self.keep
         # Of the rows at hand, in whole features: a run that kept everything has kept exactly that.
-        left = sum(costs.tower_rows(row.tiles, policy)[-1] for row in self.rows)
-        return sum(row.kept for row in self.rows) / left
+        costs = Costs(config_of(self.model))
+        return sum(row.kept for row in self.rows) / sum(costs.tower_rows(row.tiles, self.tower)[-1] for row in self.rows)
 
     def calls(self, costs: Costs) -> list[Call]:
         """What the run did, through the cost model: towers and prefills as the scheduler would have called them for its rows,
@@ -92,7 +104,7 @@ class Measured:
             max_sequences=max(1, self.peak_sequences),
             kept_sets=self.kept_sets,
             tower_tiles=self.tower_tiles,
-            tower_policy=tower_policy_of(self.tower_policy, self.tower_keep),
+            tower_policy=self.tower,
             encode_once=self.encode_once,
             merged=self.merged,
         )
@@ -106,7 +118,7 @@ class Measured:
         lengths = sum((row.output - 1) * (row.prompt + row.output / 2) for row in self.rows)
         kept = sum((row.output - 1) * row.kept for row in self.rows)
         batch = max(1, round(self.mean_batch))
-        shared = self.kept_sets == "image" or self.merged or self.of_left(costs) == 1
+        shared = self.kept_sets == "image" or self.merged or self.keep_of_left == 1
         sharing = min(batch, max(1, round(self.questions))) if shared else 1
         sets, rest = divmod(batch, sharing)
         looks = [Look(n, round(kept / steps), round(kept / steps)) for n in [sharing] * sets + [rest] * (rest > 0)]
@@ -164,14 +176,13 @@ def read(url: str, options: Mapping[str, Any]) -> Measured:
         k_ratio=float(config["k_ratio"]) if run.policy == "trimmed-llama" else None,
         longest=max(int(config["max_new_tokens"]), *(row.output for row in rows)),
         batch_size=int(config["batch_size"]),
-        kv_gib=config.get("kv_gib"),
-        tower_tiles=config.get("tower_tiles", "all"),
-        tower_policy=config.get("tower_policy"),
-        tower_keep=config.get("tower_keep"),
-        # Runs of before there was a choice kept a set a question.
-        kept_sets=config.get("kept_sets", "question"),
+        kv_gib=config["kv_gib"],
+        tower_tiles=config["tower_tiles"],
+        tower_policy=config["tower_policy"],
+        tower_keep=config["tower_keep"],
+        kept_sets=config["kept_sets"],
         merged=run.policy == "clusters",
-        encode_once=config.get("image_cache_gib", 1.0) > 0,
+        encode_once=config["image_cache_gib"] > 0,
         peak_sequences=int(stats["peak_sequences"]),
     )
 

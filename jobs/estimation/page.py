@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jobs.report import MORE, STAGES, size
@@ -35,7 +35,7 @@ def _heading(report: Report) -> list[str]:
         + {"real": ", padding tiles left out of the tower", "all": ", all of padding in the tower"}.get(job["tower_tiles"], ""),
         f"tokens   {_short(job['prompt'])} of prompt{origin['prompt_tokens']}, {_short(job['output'])} of answer"
         f"{origin['output_tokens']}, {job['longest']} at most{origin['max_new_tokens']}",
-        *_tower(job["tower_policy"]),
+        *_tower(job["tower_policy"], origin),
         f"trimmed  {k_ratio}{report['keep']:.1%} of the features{' that the tower leaves' if job['tower_policy'] else ''} "
         f"({report['keep_from']})",
         "kept     what is left of an image once its alike features are merged"
@@ -47,10 +47,10 @@ def _heading(report: Report) -> list[str]:
     ]
 
 
-def _tower(policy: Report | None) -> Iterator[str]:
+def _tower(policy: Report | None, origin: Mapping[str, str]) -> Iterator[str]:
     if policy is not None:
-        left = f"{policy['keep']:.0%} of rows × layers, {policy['left']:.1%} of the features"
-        yield f"tower    trimmed: {policy['name']} leaves {left}"
+        left = f"{policy['keep']:.0%} of rows × layers{origin['tower_keep']}, {policy['left']:.1%} of the features"
+        yield f"tower    trimmed: {policy['name']}{origin['tower_policy']} leaves {left}"
 
 
 def _gpu(report: Report) -> Iterator[str]:

@@ -19,6 +19,7 @@ from jobs.report import STAGES, Stage
 from pipeline.model import tower_policy_of
 from trimming.costs import Costs
 from trimming.engine.scheduler import PREFILL_TOKENS, PREFILL_VISUAL_TOKENS, TOWER_IMAGES
+from trimming.tower import TowerPolicy
 
 Report = dict[str, Any]
 ERRORS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "estimate.json"
@@ -59,8 +60,7 @@ def build(given: Mapping[str, Any]) -> Report:
         raise ValueError(f"prompt_tokens and max_new_tokens together are {length:g}, over the model's {most}")
     if given["merged"] and given["keep"] is None and not _was_merged(run):
         raise ValueError("merged=True needs --keep, the share of the features that is left once alike ones are merged")
-    of_run = 1.0 if run is None else run.of_left(Costs(models.config_of(run.model)))
-    keep, k_ratio, why = _keep(given, run, of_run, models.size_of(config))
+    keep, k_ratio, why = _keep(given, run, asked.tower_policy, models.size_of(config))
     room = _room(given, run, place, costs, asked)
     dear: dict[str, Any] = {
         "kv_bytes": room,
@@ -105,7 +105,7 @@ def build(given: Mapping[str, Any]) -> Report:
             "device": run.device,
             "busy": run.busy,
             "mean_batch": run.mean_batch,
-            "like": "full" if of_run == 1 and run.tower_policy is None else "trimmed",
+            "like": "trimmed" if run.trims else "full",
         },
         "full": _prediction(full),
         "trimmed": _prediction(trimmed),
@@ -212,9 +212,6 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
     if longest is None:
         said["max_new_tokens"] = "twice the mean"
         longest = max(2, round(2 * output))
-    tower = given["tower_policy"], given["tower_keep"]
-    if run is not None and tower == (None, None):
-        tower = run.tower_policy, run.tower_keep
     made = Job(
         images=int(given["images"]),
         questions=taken("questions", run and run.questions, 1),
@@ -224,7 +221,7 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
         longest=longest,
         batch_size=taken("batch_size", run and run.batch_size, 256),
         tower_tiles=taken("tower_tiles", run and run.tower_tiles, "pooled"),
-        tower_policy=tower_policy_of(*tower),
+        tower_policy=_tower_policy(given, run, said),
         image_cache=given["image_cache_gib"] > 0,
         kept_sets=taken("kept_sets", run and run.kept_sets, "image"),
         merged=given["merged"] or (given["k_ratio"] is None and _was_merged(run)),
@@ -232,28 +229,54 @@ def _job(given: Mapping[str, Any], run: Measured | None, most: int) -> tuple[Job
     return made, said
 
 
+def _tower_policy(given: Mapping[str, Any], run: Measured | None, said: dict[str, str]) -> TowerPolicy | None:
+    """The stated policy or the run's, at the stated share, that of the run's own policy, or the default; None where all rows go
+    through the tower."""
+    of_run = None if run is None else run.tower_policy
+    name, keep = given["tower_policy"] or of_run, given["tower_keep"]
+    if name is not None:
+        said["tower_policy"] = "stated" if given["tower_policy"] else "the run's"
+        said["tower_keep"] = "stated"
+        if keep is None:
+            said["tower_keep"] = "the run's" if name == of_run else "default"
+            keep = run.tower_keep if run is not None and name == of_run else None
+    policy = tower_policy_of(name, keep)
+    return None if policy is None or policy.keep == 1 else policy
+
+
 def _was_merged(run: Measured | None) -> bool:
     """Whether a run's kept share is what clusters left."""
     return run is not None and run.merged and run.keep < 1
 
 
-def _keep(given: Mapping[str, Any], run: Measured | None, of_run: float, size: str | None) -> tuple[float, float | None, str]:
-    """The kept share of what the tower leaves, its K where there is one, and how it is known. ``of_run``: the run's."""
+def _keep(
+    given: Mapping[str, Any], run: Measured | None, tower: TowerPolicy | None, size: str | None
+) -> tuple[float, float | None, str]:
+    """The kept share of what the tower leaves, its K where there is one, and how it is known."""
     if given["keep"] is not None:
         return given["keep"], None, "stated"
-    if run is not None and of_run < 1 and run.k_ratio is None and given["k_ratio"] is None:
-        return of_run, None, "measured by the run"
-    learned = {run.k_ratio: of_run} if run is not None and run.k_ratio is not None else {}
-    k_ratio = given["k_ratio"] or next(iter(learned), DEFAULT_K)
-    if k_ratio in learned:
-        return learned[k_ratio], k_ratio, "measured by the run at this K"
+    if run is not None and run.trims and run.k_ratio is None and given["k_ratio"] is None:
+        return run.keep_of_left, None, "measured by the run" + _carried(run.tower, tower)
+    if run is not None and run.k_ratio is not None:
+        k_ratio = given["k_ratio"] or run.k_ratio
+        kept = models.keep_fraction(k_ratio, {run.k_ratio: run.keep_of_left})
+        here = "measured by the run at this K"
+        why = here if k_ratio == run.k_ratio else "from the run's kept fraction at its own K, by the curve"
+        return kept, k_ratio, why + _carried(run.tower, tower)
+    k_ratio = given["k_ratio"] or DEFAULT_K
     published = models.PUBLISHED.get(size or "", {})
-    if learned:
-        return models.keep_fraction(k_ratio, learned), k_ratio, "from the run's kept fraction at its own K, by the curve"
     kept = models.keep_fraction(k_ratio, published)
-    if k_ratio in published or k_ratio == 1:
-        return kept, k_ratio, f"published for the {size}, arXiv 2504.00557; your data decide"
-    return kept, k_ratio, f"on a curve through the {size}'s published points, arXiv 2504.00557; your data decide"
+    why = (
+        f"published for the {size}"
+        if k_ratio in published or k_ratio == 1
+        else f"on a curve through the {size}'s published points"
+    )
+    return kept, k_ratio, f"{why}, arXiv 2504.00557; your data decide" + _carried(None, tower)
+
+
+def _carried(known: TowerPolicy | None, tower: TowerPolicy | None) -> str:
+    """What is to be said of a kept share that is known of what one tower leaves, and taken for another's."""
+    return "" if known == tower else "; that this much stays of what another tower leaves is an assumption"
 
 
 def _room(given: Mapping[str, Any], run: Measured | None, place: Place, costs: Costs, asked: Job) -> float:
