@@ -48,7 +48,9 @@ def parser() -> ArgumentParser:
         default=500,
         help="rows to try, drawn from all over the input; with --kept-sets image about so many, of images with all their rows",
     )
-    made.add_argument("--k-ratios", type=list[float], default=K_RATIOS, help="values of K to try")
+    made.add_argument(
+        "--k-ratios", type=list[float], default=K_RATIOS, help="values of K to try; with a tower policy also 1, all it leaves"
+    )
     return made
 
 
@@ -126,6 +128,9 @@ def _asked(given: dict[str, Any]) -> tuple[dict[str, Any], int, list[float]]:
             raise ValueError(f"{name}={value} must lie between 0 and 1; no sample proves 1")
     if sample < 1:
         raise ValueError(f"sample={sample} must be at least 1")
+    if given["tower_policy"] is not None and k_ratios and k_ratios[0] < 1:
+        # What the tower alone costs has to be known for what is behind it to be judged.
+        k_ratios = [1.0, *k_ratios]
     if not k_ratios or not all(0 < k <= 1 for k in k_ratios):
         raise ValueError(f"k_ratios={k_ratios} must be shares above 0 and at most 1, one or more")
     return {"agreement": agreement, "measure": measure, "confidence": confidence}, sample, k_ratios

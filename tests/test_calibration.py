@@ -6,12 +6,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from jobs.calibration import page
 from jobs.calibration.bound import divergence, effective_size, lower_bound, size_that_would_show
@@ -205,12 +207,12 @@ def test_a_k_is_given_up_as_soon_as_its_images_could_not_show_the_target() -> No
         assert hope.lost("k") == lost
 
 
-def spent(peak: int, of_full: float, seconds: float, own: float) -> Spent:
-    return Spent(peak, 1e6 * of_full, of_full, seconds, own)
+def spent(peak: int, of_full: float, tower: float, seconds: float, own: float) -> Spent:
+    return Spent(peak, 1e6 * of_full, of_full, tower, seconds, own)
 
 
-def calibration(*points: Point, rows: int = 500, chosen: float | None = None) -> Calibration:
-    return Calibration(EXACT, points, rows, 3, spent(10 << 20, 1.0, 10.0, 4000.0), 20.0, chosen)
+def calibration(*points: Point, rows: int = 500, tower: str | None = None, chosen: float | None = None) -> Calibration:
+    return Calibration(EXACT, points, rows, 3, spent(10 << 20, 1.0, 20.0, 10.0, 4000.0), tower, chosen)
 
 
 def point(
@@ -222,8 +224,9 @@ def point(
     given_up: bool = False,
     peak: int = 6 << 20,
     of_full: float = 0.55,
+    tower: float = 0.0,
 ) -> Point:
-    took = spent(peak, of_full, 5.0, 2000.0)
+    took = spent(peak, of_full, tower, 5.0, 2000.0)
     return Point(k_ratio, 500, 450, effective, agreement, at_least, 0.6, took, holds, given_up)
 
 
@@ -238,9 +241,9 @@ def test_what_a_run_took_is_what_the_machine_counted() -> None:
         "cross_kv_bytes": 3000,
         "seconds_per_stage": {"tower": 7.0, "prefill": 1.5, "decode": 2.0},
     }
-    assert Spent.of(stats) == Spent(700, 200.0, 0.75, 3.5, 1000.0)
+    assert Spent.of(stats) == Spent(700, 200.0, 0.75, 7.0, 3.5, 1000.0)
     without = {**stats, "cross_kv_byte_seconds": None, "cross_kv_byte_seconds_full": None}
-    assert Spent.of(without) == Spent(700, None, None, 3.5, 1000.0)
+    assert Spent.of(without) == Spent(700, None, None, 7.0, 3.5, 1000.0)
 
 
 def test_the_verdict_says_what_was_proved() -> None:
@@ -257,6 +260,26 @@ def test_the_verdict_says_what_was_proved() -> None:
     # 20 of the tower, 10 with all features, 5 for each of three.
     assert "1.50 times those of the sample's run with all features alone" in text
     assert "Given up" not in text
+
+
+def test_a_trimmed_tower_is_named_and_its_seconds_are_counted_apart() -> None:
+    alone, half = point(1.0, 1.0, 0.99, True, tower=9.0), point(0.5, 0.98, 0.96, True)
+    found = calibration(alone, half, tower="alike 0.5", chosen=0.5)
+    said = page.verdict(found)
+    assert said.startswith("Behind a tower trimmed by alike 0.5, K = 0.5 is the smallest that holds 95.00% agreement")
+    text = page.markdown(found, {}, "curve.svg")
+    assert "| 1, the tower alone | " in text
+    assert "(20.0 s, through the trimmed tower 9.0 s, beside 10.0 s)" in text
+    # 20 and 10 with all features; 9 of the other tower, and 5 for each of two.
+    assert "1.63 times those of the sample's run with all features alone" in text
+    whole = calibration(alone, replace(half, holds=False), tower="alike 0.5", chosen=1.0)
+    assert "alike 0.5, K = 1 (all that it leaves) is the smallest" in page.verdict(whole)
+    made = yaml.safe_load(page.configuration(whole, {"tower_policy": "alike"}))
+    assert made == {"tower_policy": "alike", "policy": "none"}
+    failed = page.verdict(calibration(point(1.0, 0.93, 0.9, False), tower="alike 0.2"))
+    assert failed.startswith("Behind a tower trimmed by alike 0.2, no K holds ")
+    assert "the best, K = 1 (all that it leaves), agrees in 93.00%" in failed
+    assert "leave more of the tower" in failed
 
 
 def test_a_k_that_held_more_than_all_features_is_said_to() -> None:

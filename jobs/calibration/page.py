@@ -21,19 +21,26 @@ def verdict(found: Calibration) -> str:
     """What was found, in one or two sentences."""
     target = found.target
     asked = _asked(target)
+    behind = "" if found.tower is None else f"Behind a tower trimmed by {found.tower}, "
     if found.chosen is not None:
         (point,) = (p for p in found.points if p.k_ratio == found.chosen)
         return (
-            f"K = {point.k_ratio:g} is the smallest that holds {asked}: {point.agreement:.2%} measured, at least "
+            f"{behind}{_named(point, found)} is the smallest that holds {asked}: {point.agreement:.2%} measured, at least "
             f"{point.at_least:.2%}; it keeps {point.keep_fraction:.1%} of the features{_held(point.spent)}."
         )
     if (small := too_small(target, found.rows, found.effective_rows)) is not None:
         return small
     best = max(found.points, key=lambda p: p.at_least or 0.0)
+    more = "try larger K" if found.tower is None else "leave more of the tower"
     return (
-        f"No K holds {asked}: the best, K = {best.k_ratio:g}, agrees in {best.agreement or 0:.2%}, at least "
-        f"{best.at_least or 0:.2%}. Lower the target, try larger K, take a larger sample, or keep all features."
+        f"{behind + 'no' if behind else 'No'} K holds {asked}: the best, {_named(best, found)}, agrees in "
+        f"{best.agreement or 0:.2%}, at least {best.at_least or 0:.2%}. Lower the target, {more}, take a larger sample, or keep "
+        "all features."
     )
+
+
+def _named(point: Point, found: Calibration) -> str:
+    return f"K = {point.k_ratio:g}" + (" (all that it leaves)" if found.tower and point.k_ratio == 1 else "")
 
 
 def too_small(target: Target, rows: int, effective: float) -> str | None:
@@ -62,6 +69,9 @@ def _held(spent: Spent) -> str:
 def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> str:
     """The page; ``curve`` is the picture's name beside it."""
     target, full = found.target, found.full
+    towers = f"{full.tower_seconds:.1f} s"
+    if found.tower is not None:
+        towers += f", through the trimmed tower {sum(point.spent.tower_seconds for point in found.points):.1f} s"
     lines = [
         "# Which K holds",
         "",
@@ -83,8 +93,8 @@ def markdown(found: Calibration, conditions: Mapping[str, str], curve: str) -> s
         "- **Cross KV held**: images' keys and values in the machine, what rows share counted once. Most: at once, by an actor "
         f"that had {ROWS_AT_ONCE} rows to run, or one image's where that has more; a job runs as many as memory allows. Over "
         "time: bytes × seconds, beside what all features of the same rows would have held in that time (by formula).",
-        "- **Prefill and decoding**: seconds of the sample beside all features' own. It is for comparison: images were encoded "
-        f"once for all K ({found.tower_seconds:.1f} s, beside {full.generation_seconds:.1f} s); a run's batches are larger.",
+        "- **Prefill and decoding**: seconds of the sample beside all features' own. It is for comparison: images went "
+        f"through each tower once for all runs ({towers}, beside {full.generation_seconds:.1f} s); a run's batches are larger.",
         "- **A row's own cache**: as if no other row shared it.",
     ]
     lines += [
@@ -118,7 +128,8 @@ def _row(point: Point, found: Calibration) -> str:
     known = point.agreement is not None and point.at_least is not None
     spent, seconds, peak = point.spent, found.full.generation_seconds, _peak_of_full(point, found)
     cells = [
-        f"**{point.k_ratio:g}**" if point.k_ratio == found.chosen else f"{point.k_ratio:g}",
+        (f"**{point.k_ratio:g}**" if point.k_ratio == found.chosen else f"{point.k_ratio:g}")
+        + (", the tower alone" if found.tower and point.k_ratio == 1 else ""),
         size(spent.peak_bytes) + ("" if peak is None else f", {_times(peak)}"),
         _times(spent.of_full),
         _times(spent.generation_seconds / seconds if seconds and not point.given_up else None),
@@ -179,4 +190,5 @@ def configuration(found: Calibration, options: Mapping[str, Any]) -> str:
     import yaml
 
     head = f"# {verdict(found)}\n"
-    return head + yaml.safe_dump({**options, "policy": "trimmed-llama", "k_ratio": found.chosen}, sort_keys=False)
+    policy = {"policy": "none"} if found.chosen == 1 else {"policy": "trimmed-llama", "k_ratio": found.chosen}
+    return head + yaml.safe_dump({**options, **policy}, sort_keys=False)

@@ -42,9 +42,11 @@ class Spent:
     peak_bytes: int
     """The most that an actor held at once; it had up to ``ROWS_AT_ONCE`` rows to run."""
     byte_seconds: float | None
-    """A row: bytes held, times the seconds of tower, prefill and decoding. Only the first run has the tower's."""
+    """A row: bytes held, times the seconds of tower, prefill and decoding."""
     of_full: float | None
     """Of these, the multiple of what all features of the same rows would have held in that time, by formula."""
+    tower_seconds: float
+    """Only the first run through each tower encodes images."""
     generation_seconds: float
     """Prefill and decoding of the sample."""
     own_bytes: float
@@ -58,6 +60,7 @@ class Spent:
             peak_bytes=stats["peak_cross_kv_bytes"],
             byte_seconds=None if held is None else held / max(1, answered),
             of_full=held_of_full(stats),
+            tower_seconds=stages.get("tower", 0.0),
             generation_seconds=stages.get("prefill", 0.0) + stages.get("decode", 0.0),
             own_bytes=stats["cross_kv_bytes"] / max(1, answered),
         )
@@ -94,8 +97,8 @@ class Calibration:
     """Rows with an error where all features were kept."""
     full: Spent
     """With all features kept."""
-    tower_seconds: float
-    """Of all runs together: an image is encoded once."""
+    tower: str | None
+    """Policy and share of every K's tower, as in ``alike 0.5``; None where all rows go through it, as with all features."""
     chosen: float | None
 
     @property
@@ -106,8 +109,10 @@ class Calibration:
     @property
     def times_one_run(self) -> float | None:
         """The device's seconds, beside those of the run with all features alone."""
-        alone = self.tower_seconds + self.full.generation_seconds
-        return (alone + sum(point.spent.generation_seconds for point in self.points)) / alone if alone else None
+        alone, *others = (
+            spent.tower_seconds + spent.generation_seconds for spent in (self.full, *(point.spent for point in self.points))
+        )
+        return (alone + sum(others)) / alone if alone else None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -335,6 +340,6 @@ def read(found: dict[str, Plan], k_ratios: Sequence[float], target: Target) -> C
         rows=int(full["rows"]),
         errors=int(full["errors"]),
         full=Spent.of(full),
-        tower_seconds=sum(run.stats["seconds_per_stage"].get("tower", 0.0) for run in runs.values()),
+        tower=runs[name_of(k_ratios[0])].tower,
         chosen=min((point.k_ratio for point in points if point.holds), default=None),
     )
