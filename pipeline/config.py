@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 Job = Literal["answer", "caption"]
 RowSemantics = Literal["meta", "transformers"]
@@ -302,6 +302,8 @@ class RunConfig:
             raise ValueError(f"gpus_per_actor={gpus:g}: a copy of the model takes a share of one GPU, or several whole ones")
 
     def _check_policy(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r} is none of {', '.join(POLICIES)}")
         takes = POLICY_OPTIONS[self.policy]
         if self.key_channels is not None and not 0 < self.key_channels <= 1:
             raise ValueError(f"key_channels={self.key_channels} must lie in (0, 1]; leave it out to keep all channels")
@@ -320,6 +322,10 @@ class RunConfig:
                 raise ValueError(f"{name}={value} must lie in (0, 1]; policy='none' keeps everything")
 
     def _check_tower(self) -> None:
+        if self.tower_policy is not None and self.tower_policy not in TOWER_POLICIES:
+            raise ValueError(f"tower_policy={self.tower_policy!r} is none of {', '.join(TOWER_POLICIES)}")
+        if self.tower_tiles is not None and self.tower_tiles not in get_args(TowerTiles):
+            raise ValueError(f"tower_tiles={self.tower_tiles!r} is none of {', '.join(get_args(TowerTiles))}")
         if self.tower_keep is not None and self.tower_policy is None:
             raise ValueError(f"tower_keep={self.tower_keep} means nothing without a tower_policy; give one, or drop it")
         if self.tower_keep is not None and not 0 < self.tower_keep <= 1:

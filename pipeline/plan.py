@@ -11,7 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.convert import check_values
 from pipeline.ids import check_ids
 from pipeline.listing import list_input
-from pipeline.model import Checkpoint, find_checkpoint, versions
+from pipeline.model import Checkpoint, build_tower_policy, find_checkpoint, versions
 from pipeline.schema import Columns, plan_columns
 from pipeline.source import UnitReader
 from pipeline.storage import Storage
@@ -176,15 +176,18 @@ def _check_room(config: RunConfig, checkpoint: Checkpoint) -> None:
 
 
 def check_tower(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Raises ``ValueError`` for a share of the tower that this model's can't be brought to."""
-    vision = checkpoint.config.get("vision_config") or {}
-    # As transformers' for one that does not say.
-    layers = vision.get("num_hidden_layers", 32) + vision.get("num_global_layers", 8)
-    if config.tower_keep is not None and config.tower_keep <= 1 / layers:
-        raise ValueError(
-            f"tower_keep={config.tower_keep} is not to be reached: every row goes through the first of the {layers} layers of "
-            f"model={config.model!r}; raise it over {1 / layers:.3g}"
-        )
+    """Raises ``ValueError`` for a share of the tower that the policy can't bring this model's to."""
+    if config.tower_policy is None:
+        return
+    # Some seconds to import, which only those wait for who trim the tower.
+    from transformers import MllamaConfig
+
+    from trimming.costs import Costs
+
+    try:
+        Costs(MllamaConfig.from_dict(checkpoint.config)).tower_rows(1, build_tower_policy(config))
+    except ValueError as error:
+        raise ValueError(f"tower_keep is not to be reached in model={config.model!r}: {error}; raise it") from error
 
 
 def look_again(plan: Plan) -> Plan:

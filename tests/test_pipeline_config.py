@@ -150,6 +150,9 @@ def test_the_tower_is_asked_for_by_name() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        ({"policy": "foo"}, r"policy='foo' is none of none, trimmed-llama, "),
+        ({"tower_policy": "foo"}, r"tower_policy='foo' is none of alike, tome, "),
+        ({"tower_tiles": "some"}, r"tower_tiles='some' is none of pooled, all, real"),
         ({"tower_keep": 0.5}, r"tower_keep=0.5 means nothing without a tower_policy"),
         ({"tower_policy": "alike", "tower_keep": 0.0}, r"tower_keep=0.0 must lie in \(0, 1\]"),
         ({"tower_policy": "alike", "tower_keep": 1.5}, r"tower_keep=1.5 must lie in \(0, 1\]"),

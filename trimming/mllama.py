@@ -29,6 +29,7 @@ from trimming.policies import Policy, VisualContext
 from trimming.samples import SampleTrim
 from trimming.selection import merged, merged_into, ragged_index
 from trimming.tower import Encoding, Tower, TowerPolicy, TowerTiles
+from trimming.tower.tower import looked_layer
 
 Rows = Literal["meta", "transformers"]
 
@@ -220,8 +221,9 @@ class _Surgery:
             vision.forward = self.encode
         elif "class_attention" in self.policy.looks_at:
             undo.callback(vision.register_forward_pre_hook(self.before_vision, with_kwargs=True).remove)
-            last_but_one = vision.global_transformer.layers[max(0, len(vision.global_transformer.layers) - 2)]
-            undo.callback(last_but_one.register_forward_pre_hook(self.look_at_classes, with_kwargs=True).remove)
+            layers = [*vision.transformer.layers, *vision.global_transformer.layers]
+            looked = layers[looked_layer(len(vision.transformer.layers), len(layers))]
+            undo.callback(looked.register_forward_pre_hook(self.look_at_classes, with_kwargs=True).remove)
         undo.callback(self.model.model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove)
         undo.callback(self.model.model.register_forward_hook(self.after_forward).remove)
 
@@ -267,10 +269,10 @@ class _Surgery:
             normed = module.input_layernorm(states)
             query = attention.q_proj(normed[:, ::padded]).unflatten(-1, heads).transpose(1, 2)
             key = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
-            logits = query @ key.transpose(-1, -2) * attention.scaling
+            logits = (query @ key.transpose(-1, -2)).float() * attention.scaling
             if mask is not None:
                 logits = logits + mask[:, :, ::padded]
-            weights = logits.softmax(-1, dtype=torch.float32).mean(1)
+            weights = logits.softmax(-1).mean(1)
             # The mean over real tiles' class tokens, of real tiles' tokens.
             mean = (weights * there[..., None]).sum(1) / there.sum(-1, keepdim=True).clamp(min=1)
             looked = mean.unflatten(-1, (tiles, padded))[..., :tokens] * there[..., None]

@@ -154,8 +154,9 @@ def _tower(part: Result) -> list[str]:
     lines = [
         "## Tower",
         "",
-        f"Tower and projector on {part['images']} images at once, tiles on the device. *all*: exact; *real*: without padding "
-        "tiles, approximate.",
+        f"Tower and projector on {part['images']} images at once, tiles on the device. *all*: exact; *pooled*: padding "
+        "tiles in a few rows each; *real*: without them; *alike*: pooled, with half of rows × layers, each row weighed by its "
+        "size or not.",
         "",
         *_head(["tiles", "runs on", "images/s", "ms", "TFLOP", "roofline ms", "share", "peak GB"]),
     ]

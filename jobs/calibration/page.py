@@ -34,8 +34,8 @@ def verdict(found: Calibration) -> str:
     more = "try larger K" if found.tower is None else "leave more of the tower"
     return (
         f"{behind + 'no' if behind else 'No'} K holds {asked}: the best, {_named(best, found)}, agrees in "
-        f"{best.agreement or 0:.2%}, at least {best.at_least or 0:.2%}. Lower the target, {more}, take a larger sample, or keep "
-        "all features."
+        f"{best.agreement or 0:.2%}, at least {best.at_least or 0:.2%}. Lower the target, {more}, take a larger sample, or "
+        "keep all features."
     )
 
 

@@ -33,7 +33,7 @@ class Seen:
             self.keys = key[:, :, : rows.real].mean(1, dtype=torch.float32)
         if self.class_rows is not None:
             places = self.class_rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-            logits = (query.gather(2, places) @ key.transpose(-1, -2) * scaling).float()
+            logits = (query.gather(2, places) @ key.transpose(-1, -2)).float() * scaling
             if rows.bias is not None:
                 logits = logits + rows.bias[:, None, None]
             self.class_attention = logits.softmax(-1)[..., : rows.real].mean((1, 2))
@@ -78,5 +78,5 @@ def weighed_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
     query[..., width : width + 2] = 1
     wanted = (bias / scaling)[:, None]
     key[..., width] = wanted.to(key.dtype)
-    key[..., width + 1] = (wanted - wanted.to(key.dtype).float()).to(key.dtype)
+    key[..., width + 1] = (wanted - key[..., width]).to(key.dtype)
     return F.scaled_dot_product_attention(query, key, value, scale=scaling)[..., :width]

@@ -45,12 +45,8 @@ def padding_of(real: int, tiles: int, tokens: int, pooled: bool) -> Padding:
     if not pooled:
         return Padding(torch.arange(len(tile)), torch.ones(len(tile)), tile)
     side = math.isqrt(tokens - 1)
-    # A grid that is none has windows along its one dimension.
     patches = torch.arange(tokens - 1)
-    if side * side == tokens - 1:
-        window = patches // side * POOLED_SIDE // side * POOLED_SIDE + patches % side * POOLED_SIDE // side
-    else:
-        window = patches * POOLED_SIDE**2 // (tokens - 1)
+    window = patches // side * POOLED_SIDE // side * POOLED_SIDE + patches % side * POOLED_SIDE // side
     own = torch.cat([torch.zeros(1, dtype=torch.long), 1 + window])
     most = POOLED_SIDE**2 + 1
     group = torch.cat([own.repeat(tiles - real), torch.full((tiles * fill,), most)]) + tile * (most + 1)

@@ -45,7 +45,7 @@ class TowerPolicy(ABC):
     """
 
     keep: float
-    """Share of rows × layers that the tower is left with, in (0, 1): about its share of the work."""
+    """Share of rows × layers that the tower is left with, above 0, about its share of the work; 1 leaves the tower alone."""
 
     looks_at: ClassVar[frozenset[Look]] = frozenset()
     """What of ``TowerRows`` it wants; the rest is None."""
@@ -71,13 +71,13 @@ class TowerPolicy(ABC):
 
     def reachable(self, tiles: int, side: int, left: int) -> int:
         """The number of rows without class tokens, ``left`` or a little more, that an image of ``tiles`` tiles of side² patches
-        can be brought to."""
+        can be brought to. Raises ``ValueError`` where that is more than a rounding away."""
         return left
 
     def plan(self, tiles: int, tokens: int, layers: int, global_layers: int) -> list[int]:
         """Rows of an image's real tiles that enter each of the tower's layers, and that are left behind the last one.
 
-        Raises ``ValueError`` where ``keep`` is less than what the first layer takes, which sees all.
+        Raises ``ValueError`` where ``keep`` can't be reached: the first layer sees all rows.
         """
         whole = tiles * tokens
         share = layer_share(self.keep, layers, global_layers)
@@ -87,6 +87,18 @@ class TowerPolicy(ABC):
             side = round((tokens - 1) ** 0.5)
             rows.append(min(rows[-1], tiles + self.reachable(tiles, side, wanted)))
         return rows + [rows[-1]] * global_layers
+
+
+@dataclass(frozen=True)
+class Merging(TowerPolicy):
+    """A policy whose rows merge."""
+
+    weighted: bool = True
+    """Whether a merged row counts as often as it has members, as ToMe's do: its proportional attention."""
+
+    @property
+    def weighs(self) -> bool:  # type: ignore[override]
+        return self.weighted
 
 
 @cache

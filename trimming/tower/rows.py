@@ -105,12 +105,12 @@ class Rows:
         self,
         policy: TowerPolicy,
         left: int,
-        keys: Sequence[str],
-        metric: Tensor | None,
+        image_keys: Sequence[str],
+        keys: Tensor | None,
         class_attention: Tensor | None,
     ) -> None:
-        """Has ``policy`` bring the rows of real tiles to ``left``. Of images of these ``keys``; the others are of the layer
-        just done, over all rows of real tiles."""
+        """Has ``policy`` bring the rows of real tiles to ``left``. ``keys`` and ``class_attention`` are of the layer just
+        done, over all rows of real tiles."""
         batch, device = len(self.states), self.states.device
         taken = torch.zeros(batch, self.real, dtype=torch.bool, device=device).scatter_(1, self.class_rows, True)
         # As many in every image; without waiting for the device.
@@ -126,8 +126,8 @@ class Rows:
             places=self.places.gather(1, free),
             tiles=self.tiles,
             tokens=self.tokens,
-            image_keys=tuple(keys),
-            keys=of_free(metric),
+            image_keys=tuple(image_keys),
+            keys=of_free(keys),
             class_attention=of_free(class_attention),
         )
         groups = policy.groups(rows, left - self.tiles)

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from trimming.attention import CHUNK_ELEMENTS
 from trimming.merging import follow, means_by, sums_by
-from trimming.tower.policy import Look, TowerPolicy, TowerRows
+from trimming.tower.policy import Look, Merging, TowerRows
 
 
 @dataclass(frozen=True)
-class ToMe(TowerPolicy):
+class ToMe(Merging):
     """Bipartite soft matching: of rows taken in turns into two sets, each of the first finds the one of the second whose key is
     most alike, and the most alike pairs merge, into means by size.
 
@@ -24,13 +24,7 @@ class ToMe(TowerPolicy):
     paper leaves the class token alone, and so does this.
     """
 
-    weighted: bool = True
-    """Whether a merged row counts as often as it has members: the paper's proportional attention."""
     looks_at: ClassVar[frozenset[Look]] = frozenset({"keys"})
-
-    @property
-    def weighs(self) -> bool:  # type: ignore[override]
-        return self.weighted
 
     def metric(self, rows: TowerRows) -> Tensor:
         """(B, f, any): rows are as alike as their directions here."""
@@ -64,7 +58,8 @@ def _matched(keys: Tensor, left: int) -> Tensor:
     """(B, f) long, below ``left``: where each of ``keys`` (B, f, width) goes, two or more that are alike into one."""
     batch, count = keys.shape[:2]
     ones, others = keys[:, ::2], keys[:, 1::2]
-    step = max(1, CHUNK_ELEMENTS // (batch * others.shape[1]))
+    # Not by the number of images: an image's rows are to merge as they do alone.
+    step = max(1, CHUNK_ELEMENTS // others.shape[1])
     found = [_cosines(part, others).max(-1) for part in ones.split(step, 1)]
     alike, nearest = torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
     goes = alike.argsort(dim=1, descending=True, stable=True)[:, : count - left]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Tower:
 
     Raises:
         TypeError: ``policy`` is none.
-        ValueError: padding can't be kept, or the policy's share can't be reached.
+        ValueError: there are no such ``tower_tiles``, padding can't be kept, or the policy's share can't be reached.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class Tower:
         self.max_ratio_id: int = model.config.vision_config.max_aspect_ratio_id
         self._layers = [*self.vision.transformer.layers, *self.vision.global_transformer.layers]
         self._local = len(self.vision.transformer.layers)
+        # Counted from the end where negative.
+        self._between = [range(self._local)[index] for index in self.vision.intermediate_layers_indices]
         # A share that can't be reached is refused now.
         self.plan(1)
 
@@ -139,32 +141,39 @@ class Tower:
         rows = Rows(embedded, count, padding, self.weighs)
 
         plan, last = self.plan(count), len(self._layers) - 1
-        looked = max(self._local, last - 1) if look else -1
+        looked = looked_layer(self._local, len(self._layers)) if look else -1
         # Padding tiles' rows; their fill is behind them.
         kept = (tiles - count) * tokens if self.keep_padding else 0
         between: dict[int, Mark] = {}
         class_attention = None
         for index, layer in enumerate(self._layers):
             if index == self._local:
-                rows.states = vision.layernorm_post(rows.states)
-                rows.add_by_tile(self._tile_embedding(vision.post_tile_positional_embedding, ids, tiles))
+                self._between_parts(rows, ids, tiles)
             leaving = policy if plan[index + 1] < plan[index] else None
             wants = frozenset() if leaving is None else leaving.looks_at
             seen = Seen("keys" in wants, rows.class_rows if index == looked or "class_attention" in wants else None)
-            # Nothing looks at the last layer's padding.
-            rows.states = run_layer(layer, rows, seen, rows.real + kept if index == last else rows.states.shape[1])
+            # Nothing looks at the padding that the last global layer would give.
+            ends = index == last and index >= self._local
+            rows.states = run_layer(layer, rows, seen, rows.real + kept if ends else rows.states.shape[1])
             if index == looked:
                 class_attention = seen.class_attention
-            if index < self._local and index in vision.intermediate_layers_indices:
+            if index in self._between:
                 between[index] = rows.mark(kept)
             if leaving is not None:
                 keys = [image.key for image in images]
                 rows.leave(leaving, plan[index + 1], keys, seen.keys, seen.class_attention)
+        if self._local > last:
+            self._between_parts(rows, ids, tiles)
         # The intermediate layers' channels are interleaved.
-        joined = [between[index].of(rows.real) for index in vision.intermediate_layers_indices]
-        mixed = torch.stack(joined, -1).flatten(-2)
+        mixed = torch.stack([between[index].of(rows.real) for index in self._between], -1).flatten(-2)
         sizes = rows.sizes if rows.sizes is None or rows.weighs else torch.ones_like(rows.sizes)
-        return Encoding(torch.cat([rows.states, mixed], -1), rows.real, class_attention, rows.group, sizes)
+        features = torch.cat([rows.states[:, : rows.real + kept], mixed], -1)
+        return Encoding(features, rows.real, class_attention, rows.group, sizes)
+
+    def _between_parts(self, rows: Rows, ids: Tensor, tiles: int) -> None:
+        """What happens behind the local layers and before the global ones."""
+        rows.states = self.vision.layernorm_post(rows.states)
+        rows.add_by_tile(self._tile_embedding(self.vision.post_tile_positional_embedding, ids, tiles))
 
     def _embed(self, pixels: Tensor, ids: Tensor, count: int, tiles: int) -> Tensor:
         """(B, tiles, tokens, width). A padding tile's pixels are zero, and the patch embedding has no bias."""
@@ -194,8 +203,15 @@ def given_policy(policy: Any) -> TowerPolicy | None:
     return None if policy is None or policy.keep == 1 else policy
 
 
+def looked_layer(local: int, layers: int) -> int:
+    """The layer whose class tokens' attention ``Encoding.class_attention`` is: the last but one, if that is a global one."""
+    return max(min(local, layers - 1), layers - 2)
+
+
 def check_padding(tower_tiles: TowerTiles, policy: TowerPolicy | None, keep_padding: bool) -> None:
-    """Raises ``ValueError`` where padding tiles' features are wanted and not all there."""
+    """Raises ``ValueError`` for unknown ``tower_tiles``, and where padding tiles' features are wanted and not all there."""
+    if tower_tiles not in get_args(TowerTiles):
+        raise ValueError(f"tower_tiles={tower_tiles!r} is none of {', '.join(get_args(TowerTiles))}")
     if keep_padding and (tower_tiles != "all" or policy is not None):
         given = f"tower_tiles={tower_tiles!r}" if policy is None else f"a tower policy, {policy}"
         raise ValueError(

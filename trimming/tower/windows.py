@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimming.tower.policy import TowerPolicy, TowerRows
+from trimming.tower.policy import Merging, TowerRows
 
 
 @dataclass(frozen=True)
-class Windows(TowerPolicy):
+class Windows(Merging):
     """A window of 2 × 2 patches becomes one row where its four are alike, a window of 2 × 2 such windows too, and so on: first
     those whose least alike row is nearest to their mean. A plain of sky becomes few large rows, and what is small stays as it
     is. A grid with an odd side leaves its last row and column alone.
@@ -22,17 +22,12 @@ class Windows(TowerPolicy):
     23, 1976).
     """
 
-    weighted: bool = True
-    """Whether a merged row counts as often as it has patches."""
-
-    @property
-    def weighs(self) -> bool:  # type: ignore[override]
-        return self.weighted
-
     def reachable(self, tiles: int, side: int, left: int) -> int:
         patches, least = tiles * side**2, tiles * _least(side)
+        if left < least:
+            raise ValueError(f"keep={self.keep:g}: windows leave a tile of {side} × {side} patches {_least(side)} rows or more")
         # Three rows go with each window.
-        return max(least, patches - (patches - left) // 3 * 3)
+        return patches - (patches - left) // 3 * 3
 
     def groups(self, rows: TowerRows, left: int) -> Tensor:
         side = math.isqrt(rows.tokens - 1)
