@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import (
+    IMAGE,
     RATIO_OF_TILES,
     TILE,
     TILES,
@@ -45,7 +46,7 @@ from trimming import (
     ZipVL,
     trim,
 )
-from trimming.engine import Image
+from trimming.engine import Image, Request
 from trimming.merging import sorted_sums, sums_by
 from trimming.tower import Alike, EViT, GridRows, RandomRows, ToMe, Tower, TowerPolicy, TowerTiles, Windows, padding_of
 from trimming.tower.layer import weighed_attention
@@ -241,6 +242,13 @@ def united(rows: list[Plain], weights: list[float] | None = None) -> Plain:
 
 
 def match(rows: list[Plain], left: int, by: str) -> list[Plain]:
+    while len(rows) > left:
+        rows = paired(rows, max(left, len(rows) // 2), by)
+    return sorted(rows, key=lambda row: row.members[0])
+
+
+def paired(rows: list[Plain], left: int, by: str) -> list[Plain]:
+    """Where they stood; one that another has joined at its own place."""
     ones, others = rows[::2], rows[1::2]
     best = []
     for i, row in enumerate(ones):
@@ -251,9 +259,13 @@ def match(rows: list[Plain], left: int, by: str) -> list[Plain]:
     for _, i, j in best[: len(rows) - left]:
         joining.setdefault(j, []).append(ones[i])
     gone = [id(row) for several in joining.values() for row in several]
-    stay = [row for row in ones if id(row) not in gone]
-    stay += [united([other, *joining[j]]) if j in joining else other for j, other in enumerate(others)]
-    return sorted(stay, key=lambda row: row.members[0])
+    stay = []
+    for place, row in enumerate(rows):
+        if place % 2:
+            stay.append(united([row, *joining[place // 2]]) if place // 2 in joining else row)
+        elif id(row) not in gone:
+            stay.append(row)
+    return stay
 
 
 def leave_unlooked(policy: TowerPolicy, rows: list[Plain], left: int, key: str) -> list[Plain]:
@@ -314,7 +326,8 @@ DECIDE: dict[type[TowerPolicy], Any] = {
 # ---- exactness ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [None, *POLICIES], ids=repr)
+# Of the last two more than half of the rows go at once.
+@pytest.mark.parametrize("policy", [None, *POLICIES, Alike(0.25), ToMe(0.22)], ids=repr)
 @pytest.mark.parametrize("tiles", [1, 3])
 @torch.inference_mode()
 def test_the_tower_is_what_is_said_row_by_row(policy: TowerPolicy | None, tiles: int) -> None:
@@ -350,6 +363,45 @@ def test_a_policy_that_keeps_everything_is_the_tower_bit_for_bit(tower_tiles: To
         assert found.class_attention is not None
         assert torch.equal(found.class_attention, whole.class_attention)  # type: ignore[arg-type]
         assert (found.group, found.sizes) == (None, None)
+
+
+@pytest.mark.parametrize(("global_layers", "intermediate"), [(0, [-1, 0]), (0, [1, 1]), (2, [-2])])
+@torch.inference_mode()
+def test_towers_of_other_layers_are_exact_too(global_layers: int, intermediate: list[int]) -> None:
+    """Without global layers, the last one's states are the local ones', and the class tokens' attention the last layer's."""
+    config = MllamaConfig.from_dict(tiny_model().config.to_dict())
+    config.vision_config.num_global_layers = global_layers
+    config.vision_config.intermediate_layers_indices = intermediate
+    config.vision_config.vision_output_dim = 32 * (1 + len(intermediate))
+    torch.manual_seed(0)
+    model = MllamaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+    tower = Tower(model, lambda pixels: pixels, "all")
+    for tiles in (1, 3, 4):
+        (image,) = make_images(tiles, 1)
+        inputs = inputs_of([IMAGE], [image])
+        wanted = model.model.vision_model(
+            **{name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        ).last_hidden_state.flatten(1, 3)
+        found = tower.see([image], look=True)
+        torch.testing.assert_close(found.features, wanted[:, : found.real], atol=1e-5, rtol=1e-5)
+        assert found.class_attention is not None
+        assert found.class_attention.sum() <= 1 + 1e-5
+        with trim(model, VisionZip(0.5), rows="meta") as trimmed:
+            model(**inputs)
+        engine = make_engine(VisionZip(0.5), model, tower_tiles="all")
+        (answer,) = engine.generate([Request(id="it", tokens=[IMAGE], images=[image], max_new_tokens=1)])
+        assert torch.equal(trimmed.samples[0].kept, answer.trim.kept)
+        merging = Tower(model, lambda pixels: pixels, "all", Alike(0.7)).see([image], look=True)
+        assert merging.features.shape[1] == merging.real < found.real
+
+
+def test_an_intermediate_layer_that_is_none_is_refused() -> None:
+    config = MllamaConfig.from_dict(tiny_model().config.to_dict())
+    config.vision_config.intermediate_layers_indices = [2]
+    with pytest.raises(IndexError):
+        Tower(MllamaForConditionalGeneration(config), lambda pixels: pixels)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
@@ -399,6 +451,10 @@ def test_a_share_that_the_first_layer_exceeds_is_refused() -> None:
     make_tower(Alike(0.2))
     with pytest.raises(ValueError, match=r"keep=0.16 of the tower: its first layer alone, .* is 0.167 of it"):
         make_tower(Alike(0.16))
+    with pytest.raises(ValueError, match=r"keep=0.18: windows leave a tile of \d+ × \d+ patches \d+ rows or more"):
+        make_tower(Windows(0.18))
+    with pytest.raises(ValueError, match="tower_tiles='some' is none of pooled, all, real"):
+        make_tower(None, "some")  # type: ignore[arg-type]
     for wrong in (0, -1, 1.01, math.nan):
         with pytest.raises(ValueError, match="share of the tower"):
             Alike(wrong)
