@@ -185,7 +185,9 @@ def check_tower(config: RunConfig, checkpoint: Checkpoint) -> None:
     from trimming.costs import Costs
 
     try:
-        Costs(MllamaConfig.from_dict(checkpoint.config)).tower_rows(1, build_tower_policy(config))
+        costs = Costs(MllamaConfig.from_dict(checkpoint.config))
+        for tiles in range(1, costs.vision.max_num_tiles + 1):
+            costs.tower_rows(tiles, build_tower_policy(config))
     except ValueError as error:
         raise ValueError(f"tower_keep is not to be reached in model={config.model!r}: {error}; raise it") from error
 

@@ -395,6 +395,12 @@ def test_towers_of_other_layers_are_exact_too(global_layers: int, intermediate: 
         assert torch.equal(trimmed.samples[0].kept, answer.trim.kept)
         merging = Tower(model, lambda pixels: pixels, "all", Alike(0.7)).see([image], look=True)
         assert merging.features.shape[1] == merging.real < found.real
+        # What rows had that merged is theirs together.
+        assert merging.class_attention is not None
+        assert merging.class_attention.shape == (1, merging.real)
+        if not global_layers:
+            assert merging.group is not None
+            assert 0 < merging.class_attention.sum() <= 1 + 1e-5
 
 
 def test_an_intermediate_layer_that_is_none_is_refused() -> None:

@@ -108,9 +108,12 @@ class Rows:
         image_keys: Sequence[str],
         keys: Tensor | None,
         class_attention: Tensor | None,
-    ) -> None:
+    ) -> Tensor:
         """Has ``policy`` bring the rows of real tiles to ``left``. ``keys`` and ``class_attention`` are of the layer just
-        done, over all rows of real tiles."""
+        done, over all rows of real tiles.
+
+        Returns (B, n) long: the row that each of the n that there were has gone into, −1 for none.
+        """
         batch, device = len(self.states), self.states.device
         taken = torch.zeros(batch, self.real, dtype=torch.bool, device=device).scatter_(1, self.class_rows, True)
         # As many in every image; without waiting for the device.
@@ -145,6 +148,7 @@ class Rows:
             mark.into = into if mark.into is None else follow(mark.into, into)
         self.real = left
         self._weigh()
+        return into
 
     def _weigh(self) -> None:
         parts = None

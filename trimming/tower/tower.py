@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 
+from trimming.merging import sums_by
 from trimming.tower.layer import Seen, run_layer
 from trimming.tower.padding import padding_of
 from trimming.tower.policy import TowerPolicy
@@ -99,7 +100,8 @@ class Tower:
         # Counted from the end where negative.
         self._between = [range(self._local)[index] for index in self.vision.intermediate_layers_indices]
         # A share that can't be reached is refused now.
-        self.plan(1)
+        for tiles in range(1, self.max_tiles + 1):
+            self.plan(tiles)
 
     def under(self, policy: TowerPolicy | None) -> Tower:
         """The same tower under another policy."""
@@ -161,7 +163,10 @@ class Tower:
                 between[index] = rows.mark(kept)
             if leaving is not None:
                 keys = [image.key for image in images]
-                rows.leave(leaving, plan[index + 1], keys, seen.keys, seen.class_attention)
+                into = rows.leave(leaving, plan[index + 1], keys, seen.keys, seen.class_attention)
+                if class_attention is not None:
+                    # Without global layers rows go behind the layer that is looked at, too.
+                    class_attention = sums_by(class_attention[..., None], into, rows.real)[..., 0]
         if self._local > last:
             self._between_parts(rows, ids, tiles)
         # The intermediate layers' channels are interleaved.

@@ -24,10 +24,11 @@ class Windows(Merging):
 
     def reachable(self, tiles: int, side: int, left: int) -> int:
         patches, least = tiles * side**2, tiles * _least(side)
-        if left < least:
+        # What the class tokens take may leave two rows a tile too few.
+        if left < least - 2 * tiles:
             raise ValueError(f"keep={self.keep:g}: windows leave a tile of {side} × {side} patches {_least(side)} rows or more")
         # Three rows go with each window.
-        return patches - (patches - left) // 3 * 3
+        return max(least, patches - (patches - left) // 3 * 3)
 
     def groups(self, rows: TowerRows, left: int) -> Tensor:
         side = math.isqrt(rows.tokens - 1)
