@@ -398,6 +398,13 @@ def test_a_stated_tower_stands_in_for_the_runs(
     assert found["keep_from"].startswith("measured by the run at this K")
 
 
+def test_a_run_whose_heads_together_kept_everything(tmp_path: Path, costs: Costs) -> None:
+    """No curve goes through that, and none is asked for."""
+    measured(tmp_path / "run", CPU, costs, keep=1.0)
+    found = built(tmp_path, "--images", "1000", "--from", str(tmp_path / "run"))
+    assert (found["keep"], found["k_ratio"], found["keep_from"]) == (1, 0.25, "measured by the run at this K")
+
+
 def test_a_share_of_another_tower_is_carried_over(tmp_path: Path, costs: Costs) -> None:
     measured(tmp_path / "run", CPU, costs, keep=0.5, policy={"policy": "grid", "keep": 0.5})
     asked = ("--images", "1000", "--from", str(tmp_path / "run"))

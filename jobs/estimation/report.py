@@ -259,10 +259,10 @@ def _keep(
         return run.keep_of_left, None, "measured by the run" + _carried(run.tower, tower)
     if run is not None and run.k_ratio is not None:
         k_ratio = given["k_ratio"] or run.k_ratio
+        if k_ratio == run.k_ratio:
+            return run.keep_of_left, k_ratio, "measured by the run at this K" + _carried(run.tower, tower)
         kept = models.keep_fraction(k_ratio, {run.k_ratio: run.keep_of_left})
-        here = "measured by the run at this K"
-        why = here if k_ratio == run.k_ratio else "from the run's kept fraction at its own K, by the curve"
-        return kept, k_ratio, why + _carried(run.tower, tower)
+        return kept, k_ratio, "from the run's kept fraction at its own K, by the curve" + _carried(run.tower, tower)
     k_ratio = given["k_ratio"] or DEFAULT_K
     published = models.PUBLISHED.get(size or "", {})
     kept = models.keep_fraction(k_ratio, published)
