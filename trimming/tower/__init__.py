@@ -7,7 +7,7 @@ from trimming.tower.padding import padding_of
 from trimming.tower.policy import TowerPolicy, TowerRows
 from trimming.tower.random import RandomRows
 from trimming.tower.tome import ToMe
-from trimming.tower.tower import Encoding, Tower, TowerTiles, check_padding, tower_plan
+from trimming.tower.tower import Encoding, Tower, TowerTiles, tower_plan
 from trimming.tower.windows import Windows
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "TowerRows",
     "TowerTiles",
     "Windows",
-    "check_padding",
     "padding_of",
     "tower_plan",
 ]

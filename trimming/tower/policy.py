@@ -91,7 +91,7 @@ class TowerPolicy(ABC):
 
 @dataclass(frozen=True)
 class Merging(TowerPolicy):
-    """A policy whose rows merge."""
+    """A policy that merges rows."""
 
     weighted: bool = True
     """Whether a merged row counts as often as it has members, as ToMe's do: its proportional attention."""

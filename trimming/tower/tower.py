@@ -86,7 +86,9 @@ class Tower:
         keep_padding: bool = False,
     ) -> None:
         policy = given_policy(policy)
-        check_padding(tower_tiles, policy, keep_padding)
+        if tower_tiles not in get_args(TowerTiles):
+            raise ValueError(f"tower_tiles={tower_tiles!r} is none of {', '.join(get_args(TowerTiles))}")
+        _check_padding(tower_tiles, policy, keep_padding)
         self._model = model
         self.vision: Any = model.model.vision_model
         self.projector: Any = model.model.multi_modal_projector
@@ -98,7 +100,7 @@ class Tower:
         self._layers = [*self.vision.transformer.layers, *self.vision.global_transformer.layers]
         self._local = len(self.vision.transformer.layers)
         # Counted from the end where negative.
-        self._between = [range(self._local)[index] for index in self.vision.intermediate_layers_indices]
+        self._intermediate = [range(self._local)[index] for index in self.vision.intermediate_layers_indices]
         # A share that can't be reached is refused now.
         for tiles in range(1, self.max_tiles + 1):
             self.plan(tiles)
@@ -146,11 +148,11 @@ class Tower:
         looked = looked_layer(self._local, len(self._layers)) if look else -1
         # Padding tiles' rows; their fill is behind them.
         kept = (tiles - count) * tokens if self.keep_padding else 0
-        between: dict[int, Mark] = {}
+        marks: dict[int, Mark] = {}
         class_attention = None
         for index, layer in enumerate(self._layers):
             if index == self._local:
-                self._between_parts(rows, ids, tiles)
+                self._end_local_layers(rows, ids, tiles)
             leaving = policy if plan[index + 1] < plan[index] else None
             wants = frozenset() if leaving is None else leaving.looks_at
             seen = Seen("keys" in wants, rows.class_rows if index == looked or "class_attention" in wants else None)
@@ -159,8 +161,8 @@ class Tower:
             rows.states = run_layer(layer, rows, seen, rows.real + kept if ends else rows.states.shape[1])
             if index == looked:
                 class_attention = seen.class_attention
-            if index in self._between:
-                between[index] = rows.mark(kept)
+            if index in self._intermediate:
+                marks[index] = rows.mark(kept)
             if leaving is not None:
                 keys = [image.key for image in images]
                 into = rows.leave(leaving, plan[index + 1], keys, seen.keys, seen.class_attention)
@@ -168,15 +170,15 @@ class Tower:
                     # Without global layers rows go behind the layer that is looked at, too.
                     class_attention = sums_by(class_attention[..., None], into, rows.real)[..., 0]
         if self._local > last:
-            self._between_parts(rows, ids, tiles)
+            self._end_local_layers(rows, ids, tiles)
         # The intermediate layers' channels are interleaved.
-        mixed = torch.stack([between[index].of(rows.real) for index in self._between], -1).flatten(-2)
+        mixed = torch.stack([marks[index].of(rows.real) for index in self._intermediate], -1).flatten(-2)
         sizes = rows.sizes if rows.sizes is None or rows.weighs else torch.ones_like(rows.sizes)
         features = torch.cat([rows.states[:, : rows.real + kept], mixed], -1)
         return Encoding(features, rows.real, class_attention, rows.group, sizes)
 
-    def _between_parts(self, rows: Rows, ids: Tensor, tiles: int) -> None:
-        """What happens behind the local layers and before the global ones."""
+    def _end_local_layers(self, rows: Rows, ids: Tensor, tiles: int) -> None:
+        """Makes of the local layers' states what the global layers take."""
         rows.states = self.vision.layernorm_post(rows.states)
         rows.add_by_tile(self._tile_embedding(self.vision.post_tile_positional_embedding, ids, tiles))
 
@@ -209,14 +211,13 @@ def given_policy(policy: Any) -> TowerPolicy | None:
 
 
 def looked_layer(local: int, layers: int) -> int:
-    """The layer whose class tokens' attention ``Encoding.class_attention`` is: the last but one, if that is a global one."""
-    return max(min(local, layers - 1), layers - 2)
+    """The layer whose class tokens' attention ``Encoding.class_attention`` is: the last but one if that is global, else the
+    last."""
+    return layers - 2 if local <= layers - 2 else layers - 1
 
 
-def check_padding(tower_tiles: TowerTiles, policy: TowerPolicy | None, keep_padding: bool) -> None:
-    """Raises ``ValueError`` for unknown ``tower_tiles``, and where padding tiles' features are wanted and not all there."""
-    if tower_tiles not in get_args(TowerTiles):
-        raise ValueError(f"tower_tiles={tower_tiles!r} is none of {', '.join(get_args(TowerTiles))}")
+def _check_padding(tower_tiles: TowerTiles, policy: TowerPolicy | None, keep_padding: bool) -> None:
+    """Raises ``ValueError`` where padding tiles' features are wanted and not all there."""
     if keep_padding and (tower_tiles != "all" or policy is not None):
         given = f"tower_tiles={tower_tiles!r}" if policy is None else f"a tower policy, {policy}"
         raise ValueError(

@@ -24,7 +24,7 @@ class Windows(Merging):
 
     def reachable(self, tiles: int, side: int, left: int) -> int:
         patches, least = tiles * side**2, tiles * _least(side)
-        # What the class tokens take may leave two rows a tile too few.
+        # Rounding, and class tokens, which are not in ``left``, may ask for up to two rows a tile less.
         if left < least - 2 * tiles:
             raise ValueError(f"keep={self.keep:g}: windows leave a tile of {side} × {side} patches {_least(side)} rows or more")
         # Three rows go with each window.
