@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -51,6 +52,15 @@ if TYPE_CHECKING:
 else:
     PolicyName, TowerPolicyName = Literal[tuple(POLICIES)], Literal[tuple(TOWER_POLICIES)]
 
+_CHOICES: dict[str, Collection[str]] = {
+    "job": get_args(Job),
+    "dtype": get_args(Dtype),
+    "policy": POLICIES,
+    "kept_sets": get_args(KeptSets),
+    "rows": get_args(RowSemantics),
+    "tower_tiles": get_args(TowerTiles),
+    "tower_policy": TOWER_POLICIES,
+}
 # What decides a row's answer. The rest (actors, batches, where the cluster is) may change between a run and its continuation.
 _DECIDES = (
     "job",
@@ -242,6 +252,10 @@ class RunConfig:
     """Cluster to join (``auto``, ``host:port``); default: RAY_ADDRESS, else Ray is started on this machine alone."""
 
     def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
         for name in ("image_roots", "stop"):
             if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name}={value!r} is one text; give a list of texts: [{value!r}]")
@@ -302,8 +316,6 @@ class RunConfig:
             raise ValueError(f"gpus_per_actor={gpus:g}: a copy of the model takes a share of one GPU, or several whole ones")
 
     def _check_policy(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy={self.policy!r} is none of {', '.join(POLICIES)}")
         takes = POLICY_OPTIONS[self.policy]
         if self.key_channels is not None and not 0 < self.key_channels <= 1:
             raise ValueError(f"key_channels={self.key_channels} must lie in (0, 1]; leave it out to keep all channels")
@@ -322,10 +334,6 @@ class RunConfig:
                 raise ValueError(f"{name}={value} must lie in (0, 1]; policy='none' keeps everything")
 
     def _check_tower(self) -> None:
-        if self.tower_policy is not None and self.tower_policy not in TOWER_POLICIES:
-            raise ValueError(f"tower_policy={self.tower_policy!r} is none of {', '.join(TOWER_POLICIES)}")
-        if self.tower_tiles is not None and self.tower_tiles not in get_args(TowerTiles):
-            raise ValueError(f"tower_tiles={self.tower_tiles!r} is none of {', '.join(get_args(TowerTiles))}")
         if self.tower_keep is not None and self.tower_policy is None:
             raise ValueError(f"tower_keep={self.tower_keep} means nothing without a tower_policy; give one, or drop it")
         if self.tower_keep is not None and not 0 < self.tower_keep <= 1:

@@ -179,15 +179,15 @@ def check_tower(config: RunConfig, checkpoint: Checkpoint) -> None:
     """Raises ``ValueError`` for a share of the tower that the policy can't bring this model's to."""
     if config.tower_policy is None:
         return
-    # Some seconds to import, which only those wait for who trim the tower.
+    # These take seconds to import, which runs with the whole tower need not wait for.
     from transformers import MllamaConfig
 
     from trimming.costs import Costs
 
     try:
-        costs = Costs(MllamaConfig.from_dict(checkpoint.config))
+        costs, policy = Costs(MllamaConfig.from_dict(checkpoint.config)), build_tower_policy(config)
         for tiles in range(1, costs.vision.max_num_tiles + 1):
-            costs.tower_rows(tiles, build_tower_policy(config))
+            costs.tower_rows(tiles, policy)
     except ValueError as error:
         raise ValueError(f"tower_keep is not to be reached in model={config.model!r}: {error}; raise it") from error
 

@@ -152,6 +152,9 @@ def test_the_tower_is_asked_for_by_name() -> None:
     [
         ({"policy": "foo"}, r"policy='foo' is none of none, trimmed-llama, "),
         ({"tower_policy": "foo"}, r"tower_policy='foo' is none of alike, tome, "),
+        ({"kept_sets": "both"}, r"kept_sets='both' is none of image, question"),
+        ({"dtype": "int8"}, r"dtype='int8' is none of auto, "),
+        ({"rows": "all"}, r"rows='all' is none of meta, transformers"),
         ({"tower_tiles": "some"}, r"tower_tiles='some' is none of pooled, all, real"),
         ({"tower_keep": 0.5}, r"tower_keep=0.5 means nothing without a tower_policy"),
         ({"tower_policy": "alike", "tower_keep": 0.0}, r"tower_keep=0.0 must lie in \(0, 1\]"),
