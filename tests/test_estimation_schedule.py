@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import product
-from typing import Protocol
 
 import pytest
 
@@ -19,19 +18,6 @@ from trimming.engine import Completion, KeptSets, memory
 from trimming.engine.request import GROUP_ROWS
 from trimming.tower import Alike, TowerPolicy
 
-
-class Measure(Protocol):
-    def __call__(
-        self,
-        load: Workload,
-        policy: Policy,
-        sequences: int,
-        room: int,
-        kept_sets: KeptSets,
-        tower_policy: TowerPolicy | None = None,
-    ) -> tuple[dict[str, float], list[Completion]]: ...
-
-
 LOADS = {
     "captioning": workloads.captioning,
     "questions": workloads.questions,
@@ -40,14 +26,15 @@ LOADS = {
 }
 
 
-@pytest.fixture(scope="module")
-def engine() -> Measure:
-    """What the engine itself counts, and its answers: a workload, a policy, sequences and bytes of KV at most, kept sets, and a
-    tower policy."""
-    processor = build_processor(TINY)
-    model = build_model(TINY, processor, 0)
+class Measure:
+    """What the engine itself counts, and its answers."""
 
-    def measure(
+    def __init__(self) -> None:
+        self.processor = build_processor(TINY)
+        self.model = build_model(TINY, self.processor, 0)
+
+    def __call__(
+        self,
         load: Workload,
         policy: Policy,
         sequences: int,
@@ -55,13 +42,17 @@ def engine() -> Measure:
         kept_sets: KeptSets,
         tower_policy: TowerPolicy | None = None,
     ) -> tuple[dict[str, float], list[Completion]]:
-        ours = Ours(model, processor, sequences, room)
+        """Of ``sequences`` at most, with ``room`` bytes for keys and values."""
+        ours = Ours(self.model, self.processor, sequences, room)
         made = ours.engine(policy, kept_sets=kept_sets, tower_policy=tower_policy)
         answers = made.generate(ours.requests(load, range(len(load.rows)), {}))
         counted = made.statistics
         return {name: getattr(counted, name) for name in counted.__slots__}, answers
 
-    return measure
+
+@pytest.fixture(scope="module")
+def engine() -> Measure:
+    return Measure()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ GOAL_BATCH = 32
 
 def ratios(sections: Result) -> Result:
     """``captioning_engine_over_peer`` and, with ``_trimmed`` and ``_real``, the engine's other ways; the others by policy and
-    batch, and by tiles and ``tower_tiles``. A section that was not reached is missing, and so are its ratios."""
+    batch, and by tiles and way. A section that was not reached is missing, and so are its ratios."""
     found: Result = {}
     captioning = sections.get("captioning", {})
     contenders = captioning.get("contenders", {})
