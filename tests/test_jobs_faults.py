@@ -214,8 +214,13 @@ def test_nodes_that_come_late_and_are_taken_away(
 def test_a_second_run_into_one_folder_is_refused(shard: Path, checkpoint_folder: str) -> None:
     first = start(shard, checkpoint_folder)
     first.wait_for_files(1)
-    second = start(shard, checkpoint_folder)
-    assert second.wait() == 2, second.said
+    # It holds the folder until the second has looked, however late that comes.
+    first.process.send_signal(signal.SIGSTOP)
+    try:
+        second = start(shard, checkpoint_folder)
+        assert second.wait() == 2, second.said
+    finally:
+        first.process.send_signal(signal.SIGCONT)
     assert f"is being written by a run on {platform.node()} (process {first.process.pid}, since" in second.said
     assert first.wait() == 0, first.said
     check(first.output)
